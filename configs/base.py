@@ -1,0 +1,77 @@
+"""Every field a run can have, with its default. The other files in this folder override some of them."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise
+            "clip": "",  # Hugging Face directory of the CLIP (the teacher, or the one that clip_contrastive trains)
+            "bart": "",  # Hugging Face directory of the BART (the student's start, or the one bart_denoise trains)
+            "seed": 0,  # of the order of the data, the corruption, the dropout and the two linears
+            "steps": 1000,
+            "batch_size": 64,  # global: pairs (or texts) an optimizer step
+            "dtype": "float32",  # of activations: float32 | bfloat16; parameters stay float32
+            "dropout": 0.0,  # BART's; replaces the value in its config.json
+            "remat": False,  # recompute layers in the backward pass: less memory, more time
+            "data": {
+                "source": "shapes",  # shapes | shapes_texts | folder
+                "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
+                "images": "",  # folder: where the images lie
+                "validation_every": 20,  # folder: every 20th pair is held out
+                "replay": "",  # texts for loss.text and retention: shapes_texts, captions (this run's), a file with a text a line
+                "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
+                "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)
+                "text_length": 64,  # tokens of a clean caption, <s> and </s> included
+                "source_length": 64,  # tokens of a corrupted one
+                "context_length": 0,  # tokens of a text-only record's context (shapes_texts); 0: none
+                "replay_length": 64,  # tokens of a corrupted text-only record beside the pairs (replay, retention)
+                "truncate": False,  # cut captions that are too long; otherwise they are an error
+                "threads": 2,  # that read, decode and tokenise ahead
+            },
+            "corruption": {  # BART's text infilling
+                "ratio": 0.3,  # share of a caption's tokens that is masked
+                "poisson": 3.0,  # mean span length
+                "mask_all": 0.15,  # chance that the whole caption becomes one mask
+            },
+            "student": {
+                "image_tokens": "projected",  # projected (N x E) | hidden (N x CLIP's width) | pooled (1 x E)
+                "sentence_position": "eos",  # eos | bos: the encoder state that stands for the sentence
+                "logit_scale": "learned",  # learned (from 1/0.07) | clip (CLIP's own, frozen)
+                "ttdm": "normalised",  # normalised | raw: vectors whose distance TTDM takes
+            },
+            "loss": {  # weights
+                "ttdm": 1.0,
+                "itcl": 1.0,
+                "icti": 1.0,
+                "text": 0.0,  # text-only denoising of data.replay
+                "l2": 0.0,  # pull of BART's parameters towards their start: half the squared distance
+            },
+            "optim": {
+                "lr": 1e-4,  # of CLIP's or BART's own parameters
+                "lr_linears": 1e-3,  # of the two linears and the logit scale
+                "schedule": "cosine",  # after the warm-up: constant | linear | cosine
+                "warmup": 50,
+                "b1": 0.9,
+                "b2": 0.98,
+                "eps": 1e-6,
+                "weight_decay": 0.01,
+                "clip_norm": 1.0,  # of the global gradient; 0: off
+            },
+            "eval": {  # during training: held-out losses, and what became of the text abilities
+                "every": 200,  # steps; 0: never
+                "batches": 4,  # of held-out pairs, and of held-out texts
+                "questions": 256,  # shapes: text-only questions for retention/text_qa; 0: none
+            },
+            "early_stop": {
+                "metric": "",  # e.g. retention/text_qa; empty: off
+                "max_drop": 0.03,  # stop when it is more than this below its value at the start; the last good checkpoint stays
+            },
+            "nan_limit": 10,  # stop after so many updates in a row that were not finite
+            "log_every": 20,
+            "save_every": 500,
+            "keep": 2,  # checkpoints
+            "mesh": {"data": -1},  # devices along each axis; -1: all that are left
+        }
+    )

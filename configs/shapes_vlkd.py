@@ -1,0 +1,19 @@
+"""Distillation on the built-in world: what the demo runs."""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.clip = "assets/shapes/clip"
+    config.bart = "assets/shapes/bart"
+    config.steps = 900
+    config.batch_size = 64
+    config.data.text_length = 30
+    config.data.source_length = 32
+    config.data.context_length = 30
+    config.data.replay_length = 58
+    config.eval.every = 150
+    config.save_every = 450
+    return config

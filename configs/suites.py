@@ -1,0 +1,53 @@
+"""Evaluation suites by name: `--config=configs/suites.py:shapes,vqav2`; any field can be overridden.
+
+Prompts: the encoder reads the one with `<mask>`, the decoder is forced through the other, and what it adds is the answer.
+"""
+
+from ml_collections import ConfigDict
+
+QUESTION = {
+    "question_encoder": "question: {question} answer: <mask>",
+    "question_decoder": "question: {question} answer:",
+    "answer_tokens": 10,  # new tokens at most, </s> included
+}
+CAPTION = {
+    "caption_encoder": "a picture of <mask>",
+    "caption_decoder": "a picture of",
+    "caption_tokens": 20,
+}
+SUITES = {
+    "shapes": {
+        "kind": "shapes",
+        "seed": 0,
+        "split": "test",  # every scene holds a combination of colour and shape that no training scene has
+        "questions": 1400,
+        "captions": 400,
+        "retrieval": 500,  # scenes; duplicates among them are dropped
+        "text_questions": 1050,
+        "baselines": True,  # also the student before distillation, the blind one and the most frequent answers
+        **QUESTION,
+        **CAPTION,
+        "caption_tokens": 32,
+    },
+    "vqav2": {
+        "kind": "vqa",
+        "questions": "",  # official questions JSON
+        "annotations": "",  # official annotations JSON, ten answers each
+        "images": "",  # folder of the pictures
+        "image_name": "{image_id:012d}.jpg",  # the official sets: COCO_val2014_{image_id:012d}.jpg
+        **QUESTION,
+    },
+    "coco_caption": {
+        "kind": "caption",
+        "captions": "",  # COCO captions JSON
+        "images": "",
+        **CAPTION,
+    },
+}
+
+
+def get_config(names: str = "shapes") -> ConfigDict:
+    unknown = [name for name in names.split(",") if name not in SUITES]
+    if unknown:
+        raise ValueError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    return ConfigDict({"suites": tuple(names.split(",")), "batch_size": 64, **{n: SUITES[n] for n in names.split(",")}})

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Lint, format check and tests: ./launch/test.sh [pytest arguments], e.g. ./launch/test.sh -k checkpoint
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  cat <<'TEXT'
+usage: launch/test.sh [pytest arguments]
+
+Sets up Python packages (the first time), then runs ruff check, ruff format --check, and pytest in two processes on the
+CPU with 8 fake devices. Arguments go to pytest: paths from the root of the checkout, -k EXPRESSION, -m MARKER, -x, ...
+
+VLKD_VENV names another place for the packages than .venv under the checkout.
+TEXT
+  exit 0
+fi
+
+vlkd_setup dev
+cd "$VLKD_ROOT"
+
+"$VLKD_PYTHON" -m ruff check .
+"$VLKD_PYTHON" -m ruff format --check .
+
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${VLKD_PYTHON%/bin/python}/jax-cache}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+export HF_HUB_OFFLINE=1 # no test may need the network
+
+exec "$VLKD_PYTHON" -m pytest -n 2 "$@"

@@ -1,0 +1,132 @@
+"""Tiny random Hugging Face torch models, made on the spot; no network, no weights on disk beforehand."""
+
+import functools
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import numpy as np
+import pytest
+
+
+class TorchModel(NamedTuple):
+    """A torch model in eval mode and the directory `save_pretrained` wrote it to."""
+
+    model: Any
+    directory: pathlib.Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jax_settings():
+    """Parity is meant in float32 on every device; compiling these tiny models costs more than running them."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def randomise(model, seed: int) -> None:
+    """Every parameter and buffer of consequence away from its initial zeros and ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(model.named_parameters())
+    tensors |= {name: value for name, value in model.named_buffers() if name == "final_logits_bias"}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name == "logit_scale":
+                continue
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            value.copy_(centre + 0.2 * torch.randn(value.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def save_torch(tmp_path_factory):
+    """Function (transformers model class, config, seed) -> TorchModel with random weights."""
+
+    def save(model_class, config, seed: int = 0) -> TorchModel:
+        import torch
+
+        torch.set_num_threads(1)
+        config._attn_implementation = "eager"
+        model = model_class(config).eval()
+        randomise(model, seed)
+        directory = tmp_path_factory.mktemp(model_class.__name__)
+        model.save_pretrained(directory)
+        return TorchModel(model, directory)
+
+    return save
+
+
+def clip_config(eos_token_id: int, hidden_act: str, patch_size: int):
+    """A CLIP of width 32 with different depths, heads and sizes wherever a mix-up could hide."""
+    from transformers import CLIPConfig
+
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": 99, "max_position_embeddings": 20, "hidden_act": hidden_act, "bos_token_id": 97}
+    text |= {"eos_token_id": eos_token_id, "pad_token_id": 98 if eos_token_id == 98 else 1}
+    vision = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 5}
+    vision |= {"image_size": 24, "patch_size": patch_size, "hidden_act": hidden_act}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+
+
+def bart_config(**changes):
+    """A BART of width 32 with different depths, heads and feed-forward widths on its two sides."""
+    from transformers import BartConfig
+
+    values = {"vocab_size": 99, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_ffn_dim": 48}
+    values |= {"encoder_attention_heads": 4, "decoder_attention_heads": 8, "decoder_ffn_dim": 56}
+    values |= {"max_position_embeddings": 24, "dropout": 0.1, "forced_bos_token_id": 0}
+    return BartConfig(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(save_torch) -> TorchModel:
+    """CLIPModel as OpenAI's: quick_gelu, and padding with the end token."""
+    from transformers import CLIPModel
+
+    return save_torch(CLIPModel, clip_config(98, "quick_gelu", 8))
+
+
+@pytest.fixture(scope="session")
+def legacy_clip(save_torch) -> TorchModel:
+    """CLIPModel with the wrong end token of old checkpoints, gelu, and a patch that does not divide the image."""
+    from transformers import CLIPModel
+
+    return save_torch(CLIPModel, clip_config(2, "gelu", 7), seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bart(save_torch) -> TorchModel:
+    """BartForConditionalGeneration as BART-large: gelu, unscaled embeddings."""
+    from transformers import BartForConditionalGeneration
+
+    return save_torch(BartForConditionalGeneration, bart_config(), seed=2)
+
+
+@pytest.fixture(scope="session")
+def scaled_bart(save_torch) -> TorchModel:
+    """BartForConditionalGeneration with scaled embeddings, quick_gelu and as many layers on both sides."""
+    from transformers import BartForConditionalGeneration
+
+    config = bart_config(scale_embedding=True, activation_function="quick_gelu", encoder_layers=2)
+    return save_torch(BartForConditionalGeneration, config, seed=3)
+
+
+@functools.cache
+def _compiled(module, method):
+    return jax.jit(functools.partial(module.apply, method=method))
+
+
+@pytest.fixture
+def apply():
+    """Function (module, parameters, *arrays, method=None): `module.apply` under jit, compiled once a session."""
+    return lambda module, params, *inputs, method=None: _compiled(module, method)({"params": params}, *inputs)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fixed random numbers for inputs."""
+    return np.random.default_rng(0)

@@ -1,0 +1,289 @@
+"""Batches: a pure function of seed and step, however they are read; and the proof that no question meets an image."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config
+
+from vlkd_jax.data import shapes
+from vlkd_jax.data.pipeline import Corruption, Encoder, batches
+from vlkd_jax.data.sources import Record, ShapesPairs, ShapesTexts, Subset, TextLines
+from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
+from vlkd_jax.data.text import BartText, ClipText
+from vlkd_jax.distill import make_objective
+from vlkd_jax.errors import UserError
+from vlkd_jax.types import Batch
+
+
+class Numbers:
+    """A source of 23 texts, each its own number."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return Record(f"a large red circle and {index} more", name=f"number {index}")
+
+
+@pytest.fixture(scope="module")
+def encoders(assets):
+    """(for pictures and captions, for texts) with the tiny tokenizers."""
+    bart, clip = BartText(assets / "bart"), ClipText(assets / "clip")
+    pairs = Encoder(clip, 40, bart, 40, 40, image_size=24)
+    return pairs, Encoder(bart_text=bart, text_length=40, source_length=64, context_length=40)
+
+
+def take(count, source, encode, **options):
+    options = {"batch_size": 4, "seed": 7, "threads": 0, **options}
+    return list(itertools.islice(batches(source, encode, **options), count))
+
+
+def same(ours: list[Batch], theirs: list[Batch]):
+    assert len(ours) == len(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_starting_late_is_skipping(encoders, shuffle):
+    whole = take(14, Numbers(), encoders[1], shuffle=shuffle)  # two epochs and more
+    for start in (1, 5, 6, 13):
+        same(take(14 - start, Numbers(), encoders[1], shuffle=shuffle, start=start), whole[start:])
+
+
+def test_pairs_start_late_too(encoders):
+    source = ShapesPairs(0, "train")
+    same(take(2, source, encoders[0], start=3, shuffle=False), take(5, source, encoders[0], shuffle=False)[3:])
+    far = take(1, source, encoders[0], start=100_000, shuffle=False)[0]
+    np.testing.assert_array_equal(far.index, np.arange(4) + 400_000)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_global_batch(encoders, count):
+    whole = take(8, Numbers(), encoders[1])
+    parts = [take(8, Numbers(), encoders[1], process=(p, count)) for p in range(count)]
+    for step, batch in enumerate(whole):
+        rows = [jax.tree.map(lambda x, r=r: x[r // count], parts[r % count][step]) for r in range(4)]
+        same([batch], [jax.tree.map(lambda *leaves: np.stack(leaves), *rows)])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(encoders, threads):
+    same(take(8, Numbers(), encoders[1], threads=threads, start=2), take(8, Numbers(), encoders[1], start=2))
+
+
+def test_the_order_is_shuffled_anew_each_epoch_and_complete(encoders):
+    order = np.concatenate([b.index for b in take(23, Numbers(), encoders[1])]).reshape(4, 23)
+    for epoch in order:
+        assert sorted(epoch) == list(range(23))
+    assert len({tuple(epoch) for epoch in order.tolist()}) == 4
+    assert order[0].tolist() != list(range(23))
+    plain = np.concatenate([b.index for b in take(6, Numbers(), encoders[1], shuffle=False)])
+    np.testing.assert_array_equal(plain, np.arange(24) % 23)
+
+
+def test_the_seed_decides(encoders):
+    one, other = (take(3, Numbers(), encoders[1], seed=seed) for seed in (1, 2))
+    assert any((a.index != b.index).any() for a, b in zip(one, other))
+    plain = [take(6, Numbers(), encoders[1], seed=seed, shuffle=False) for seed in (1, 2)]
+    assert any((a.source_ids != b.source_ids).any() for a, b in zip(*plain))
+    # The same record is corrupted anew in each epoch.
+    epochs = np.concatenate([b.source_ids for b in take(12, Numbers(), encoders[1], shuffle=False)])
+    assert any((epochs[i] != epochs[i + 23]).any() for i in range(23))
+
+
+def test_shapes_and_dtypes(encoders):
+    pair, text = take(1, ShapesPairs(0, "train"), encoders[0])[0], take(1, ShapesTexts(0, "train"), encoders[1])[0]
+    assert pair.pixels.shape == (4, 24, 24, 3) and pair.pixels.dtype == np.float32
+    for batch, fields in (
+        (pair, {"clip": 40, "text": 40, "source": 40}),
+        (text, {"text": 40, "source": 64, "context": 40}),
+    ):
+        for name in ("clip", "text", "source", "context"):
+            ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
+            if name not in fields:
+                assert ids is None and mask is None
+                continue
+            assert ids.shape == mask.shape == (4, fields[name])
+            assert ids.dtype == np.int32 and mask.dtype == bool
+            assert (np.diff(mask.astype(int), axis=1) <= 0).all()  # padded on the right
+    assert text.pixels is None and pair.replay is None
+
+
+def test_rows_are_the_records(encoders):
+    """Every row decodes to its record's caption in both vocabularies, beside that record's picture."""
+    encode, source = encoders[0], ShapesPairs(0, "train")
+    for batch in take(4, source, encode):
+        for row, index in enumerate(batch.index):
+            record = source[int(index)]
+            text = batch.text_ids[row][batch.text_mask[row]]
+            assert (text[0], text[-1]) == (encode.bart_text.bos, encode.bart_text.eos)
+            assert encode.bart_text.decode(text) == record.text
+            clip = batch.clip_ids[row][batch.clip_mask[row]].tolist()
+            assert clip == encode.clip_text.encode(record.text)
+            alone = encode(record, np.random.default_rng(0))
+            np.testing.assert_array_equal(batch.pixels[row], alone["pixels"])
+
+
+def test_contexts_stand_beside_or_before(encoders):
+    encode = encoders[1]
+    bart, rng = encode.bart_text, np.random.default_rng(0)
+    record = Record("the answer is red", context="a red circle", prompt="the answer is")
+    row = encode(record, rng)
+    assert row["source_ids"][row["source_mask"]].tolist() == bart.wrap([*bart.encode(record.prompt), bart.mask])
+    assert row["context_ids"][row["context_mask"]].tolist() == bart.wrap(bart.encode(record.context))
+    row = encode(Record("the answer is red", context="a red circle", prompt="the answer is", joint=True), rng)
+    joined = [*bart.encode("a red circle"), *bart.encode("the answer is"), bart.mask]
+    assert row["source_ids"][row["source_mask"]].tolist() == bart.wrap(joined)
+    assert not row["context_mask"].any()
+    assert not encode(Record("no context"), rng)["context_mask"].any()
+
+
+def test_long_texts(assets):
+    bart, clip = BartText(assets / "bart"), ClipText(assets / "clip")
+    record, rng = Record("a red circle " * 20, name="captions.tsv line 3"), np.random.default_rng(0)
+    corruption = Corruption(0.0, 3.0, 0.0)
+    for encode, whose in (
+        (Encoder(bart_text=bart, text_length=20, source_length=99, corruption=corruption), "data.text_length"),
+        (Encoder(bart_text=bart, text_length=99, source_length=20, corruption=corruption), "data.source_length"),
+        (Encoder(clip_text=clip, clip_length=20), "CLIP's"),
+    ):
+        with pytest.raises(UserError) as caught:
+            encode(record, rng)
+        message = str(caught.value)
+        assert all(
+            w in message for w in ("captions.tsv line 3", "field caption", whose, "limit is 20", "data.truncate")
+        )
+    encode = Encoder(clip, 20, bart, 20, 20, truncate=True, corruption=corruption)
+    row = encode(record, rng)
+    for name, end in (("clip", clip.eos), ("text", bart.eos), ("source", bart.eos)):
+        assert row[f"{name}_mask"].all() and row[f"{name}_ids"][-1] == end
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_a_reading_thread_raises_arrives_as_it_is(encoders, tmp_path, threads):
+    path = tmp_path / "half.png"
+    Image.effect_noise((80, 80), 90).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+    class Damaged(Numbers):
+        def __getitem__(self, index):
+            return (
+                Record("a circle", path, name=f"pairs line {index}") if index == 9 else ShapesPairs(0, "train")[index]
+            )
+
+    stream = batches(Damaged(), encoders[0], batch_size=4, seed=0, shuffle=False, threads=threads)
+    with pytest.raises(UserError, match=r"pairs line 9: field image: .*half\.png: the image does not decode"):
+        list(itertools.islice(stream, 4))
+
+
+def folder_config(assets, tmp_path, **changes):
+    """A config on a folder of 40 pictures with their captions, and a file of texts."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i in range(40):
+        record = ShapesPairs(0, "train")[i]
+        Image.fromarray(record.image).save(tmp_path / "images" / f"{i}.png")
+        lines.append(f"{i}.png\t{record.text}")
+    (tmp_path / "captions.tsv").write_text("\n".join(lines))
+    (tmp_path / "texts.txt").write_text("\n".join(f"question: is it {i}? answer: yes" for i in range(30)))
+    folder = {
+        "data__source": "folder",
+        "data__captions": f"{tmp_path}/captions.tsv",
+        "data__images": f"{tmp_path}/images",
+    }
+    return tiny_config(assets, **folder, data__validation_every=4, **changes)
+
+
+def test_training_and_held_out_items_do_not_meet(assets, tmp_path):
+    config = folder_config(assets, tmp_path, data__replay=f"{tmp_path}/texts.txt")
+    for make in (make_source, make_text_source):
+        train, validation = (
+            {s[i].name for i in range(len(s))} for s in (make(config, "train"), make(config, "validation"))
+        )
+        assert train and validation and not train & validation
+    objective = make_objective(config)
+    first, again = held_out(config, objective), held_out(config, objective)
+    same(first, again)
+    names = {
+        make_source(config, "train")[int(i)].name
+        for b in itertools.islice(train_stream(config, objective, 0), 8)
+        for i in b.index
+    }
+    assert len(names) == 30
+
+
+WORDS = ("question", "answer", "?", "yes", "no")
+
+
+def decoded(encoder, batch):
+    """Everything a batch says, in words; whole words are looked for, so "no" is not found in "not"."""
+    found = []
+    for name in ("text", "source", "context"):
+        ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
+        if ids is not None:
+            found += [encoder.bart_text.decode(row[keep]) for row, keep in zip(ids, mask)]
+    if batch.clip_ids is not None:
+        clip = encoder.clip_text
+        found += [clip._tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.clip_ids, batch.clip_mask)]
+    return found
+
+
+def says(texts, word):
+    return any(word in (text.replace("?", " ? ").replace(":", " ").split()) for text in texts)
+
+
+@pytest.mark.parametrize("replay", [0.0, 1.0], ids=["alone", "with_replay"])
+@pytest.mark.parametrize("twins", [1, 4])
+def test_no_question_meets_an_image(assets, replay, twins):
+    """120 batches of what distillation reads: no word of a question or an answer stands beside pixels, ever."""
+    config = tiny_config(assets, loss__text=replay, data__twins=twins, batch_size=16, data__threads=0)
+    objective = make_objective(config)
+    kinds = set()
+    for batch in itertools.islice(train_stream(config, objective, 0), 120):
+        assert batch.pixels is not None
+        beside_pixels = decoded(objective.encoder, batch)
+        assert len(beside_pixels) == 3 * 16
+        for word in WORDS:
+            assert not says(beside_pixels, word), word
+        assert batch.context_ids is None
+        assert (batch.replay is not None) == bool(replay)
+        if batch.replay is not None:
+            assert batch.replay.pixels is None and batch.replay.clip_ids is None and batch.replay.replay is None
+            kinds |= {word for word in WORDS if says(decoded(objective.replay_encoder, batch.replay), word)}
+    assert kinds == (set(WORDS) if replay else set())  # the search finds such words where they are
+
+
+def test_no_question_steers_a_run(assets):
+    """The held-out pairs have none either, and pairs come from a class that knows no question."""
+    config = tiny_config(assets, eval__batches=10, batch_size=16)
+    objective = make_objective(config)
+    for batch in held_out(config, objective):
+        assert not any(says(decoded(objective.encoder, batch), word) for word in WORDS)
+    for batch in held_out(config, objective, texts=True):
+        assert batch.pixels is None
+    for split in ("train", "validation"):
+        source = make_source(config, split)
+        assert type(source) is ShapesPairs and source.split == split
+        assert make_text_source(config, split).split == split
+
+
+def test_pairs_cannot_ask(monkeypatch):
+    """The source of pairs works with the question functions torn out."""
+    for name in ("ask", "question_set", "_ask_existence", "_ask_relation", "Question"):
+        monkeypatch.delattr(shapes, name)
+    assert ShapesPairs(0, "train")[0].image is not None
+    with pytest.raises(AttributeError):
+        [ShapesTexts(0, "train")[i] for i in range(40)]
+
+
+def test_replay_of_a_users_texts_has_no_picture(assets, tmp_path):
+    config = folder_config(assets, tmp_path, data__replay=f"{tmp_path}/texts.txt", loss__text=1.0)
+    objective = make_objective(config)
+    assert isinstance(make_text_source(config, "train").source, TextLines)
+    assert isinstance(make_source(config, "train"), Subset)
+    for batch in itertools.islice(train_stream(config, objective, 0), 10):
+        assert not any(says(decoded(objective.encoder, batch), word) for word in WORDS)
+        assert says(decoded(objective.replay_encoder, batch.replay), "question") and batch.replay.pixels is None

@@ -1,0 +1,200 @@
+"""Sources: the three folder formats and what is wrong in them, held-out parts, and texts that carry no picture."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlkd_jax.data import shapes
+from vlkd_jax.data.sources import (
+    CaptionTexts,
+    FolderPairs,
+    ShapesPairs,
+    ShapesTexts,
+    Subset,
+    TextLines,
+    read_json,
+)
+from vlkd_jax.errors import UserError
+
+PAIRS = [("a.png", "a red circle"), ("sub/b.jpg", "two  dogs\tand \u2028 a café"), ("a.png", "the circle again")]
+ONE_LINE = [(image, " ".join(text.split())) for image, text in PAIRS]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the two pictures of PAIRS."""
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for k, name in enumerate(("a.png", "sub/b.jpg")):
+        Image.new("RGB", (20 + k, 30), (200 * k, 10, 10)).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def coco(pairs):
+    names = sorted({image for image, _ in pairs})
+    images = [{"id": 7 + k, "file_name": name, "license": 1} for k, name in enumerate(names)]
+    annotations = [{"id": 100 + k, "image_id": 7 + names.index(i), "caption": c} for k, (i, c) in enumerate(pairs)]
+    return json.dumps({"info": {}, "images": images, "annotations": annotations})
+
+
+def jsonl(pairs):
+    return "\n".join(json.dumps({"image": i, "caption": c, "more": 1}) for i, c in pairs) + "\n\n"
+
+
+def tsv(pairs):
+    return "".join(f"{i}\t{' '.join(c.split())}\r\n" for i, c in pairs) + "\n"
+
+
+FORMATS = {"c.json": coco, "c.jsonl": jsonl, "c.tsv": tsv}
+
+
+def read(folder, name, content):
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / name).write_bytes(data)
+    return FolderPairs(folder / name, folder / "images")
+
+
+def refused(folder, name, content):
+    with pytest.raises(UserError) as caught:
+        read(folder, name, content)
+    message = str(caught.value)
+    assert "\n" not in message and (name in message or "images" in message)
+    return message
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_folder_formats(folder, name):
+    pairs = read(folder, name, FORMATS[name](PAIRS))
+    assert len(pairs) == 3
+    found = [(str(r.image.relative_to(folder / "images")), r.text) for r in (pairs[i] for i in range(3))]
+    assert found == ONE_LINE
+    assert all(name in pairs[i].name for i in range(3)) and len({pairs[i].name for i in range(3)}) == 3
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_wrong_with_a_pair_is_named(folder, name):
+    write = FORMATS[name]
+    message = refused(folder, name, write([*PAIRS, ("a.png", " ")]))
+    assert "caption is empty" in message and ("line 4" in message or "annotation 103" in message)
+    message = refused(folder, name, write([*PAIRS, ("missing.png", "x")]))
+    assert "missing.png not found" in message and "data.images" in message
+    (folder / "images" / "page.jpg").write_text("<html>404</html>")
+    message = refused(folder, name, write([*PAIRS, ("page.jpg", "x")]))
+    assert "page.jpg" in message and "does not decode" in message and ("line 4" in message or "103" in message)
+    (folder / "images" / "folder.png").mkdir()
+    assert "folder.png not found" in refused(folder, name, write([("folder.png", "x")]))
+    assert "UTF-8" in refused(folder, name, write(PAIRS).encode("utf-16"))
+    assert "no captions" in refused(folder, name, write([]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("c.json", "{", ["line 1", "not JSON"]),
+        ("c.json", "[]", ["not a COCO captions file"]),
+        ("c.json", '{"images": []}', ["field 'annotations'"]),
+        ("c.json", '{"images": [{"id": 1}], "annotations": []}', ["field 'file_name'"]),
+        ("c.json", '{"images": [3], "annotations": []}', ["not a COCO captions file"]),
+        ("c.json", '{"images": [], "annotations": [3]}', ["not a COCO captions file"]),
+        ("c.json", '{"images": [], "annotations": [{"image_id": [], "caption": "x"}]}', ["not a COCO captions file"]),
+        (
+            "c.json",
+            '{"images": [], "annotations": [{"id": 5, "image_id": 9, "caption": "x"}]}',
+            ["annotation 5", "image_id"],
+        ),
+        ("c.jsonl", '{"image": "a.png", "caption": "x"}\n{', ["line 2", "not JSON"]),
+        ("c.jsonl", '{"image": "a.png"}', ["line 1", "field 'caption'"]),
+        ("c.jsonl", '\n{"caption": "x"}', ["line 2", "field 'image'"]),
+        ("c.jsonl", "[1]", ["line 1", "not an object"]),
+        ("c.jsonl", '{"image": "a.png", "caption": null}', ["line 1", "caption is not a text"]),
+        ("c.jsonl", '{"image": 5, "caption": "x"}', ["line 1", "image is not a text"]),
+        ("c.tsv", "a.png", ["line 1", "1 fields"]),
+        ("c.tsv", "a.png\tx\n\na.png\tx\ty", ["line 3", "3 fields"]),
+        ("c.tsv", "a.png\t", ["line 1", "caption is empty"]),
+        ("c.txt", "a.png\tx", ["data.captions", ".tsv"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(folder, name, content, words):
+    message = refused(folder, name, content)
+    assert all(word in message for word in words), message
+
+
+def test_long_captions_and_odd_characters_are_read(folder):
+    texts = ["x" * 200_000, 'say "hi", it\'s', "nul \x00 vt \x0b nel \x85", "a <mask> </s>"]
+    pairs = read(folder, "c.tsv", "".join(f"a.png\t{t}\n" for t in texts))
+    assert [pairs[i].text for i in range(4)] == [" ".join(t.split()) for t in texts]
+    pairs = read(folder, "c.jsonl", "\n".join(json.dumps({"image": "a.png", "caption": t}) for t in ["\ud800", *texts]))
+    assert len(pairs) == 5 and pairs[0].text == "\ud800"
+
+
+def test_files_that_are_not_there(folder):
+    for path in (folder / "absent.json", folder / "images"):
+        with pytest.raises(UserError, match=str(path)):
+            read_json(path)
+    with pytest.raises(UserError, match=r"absent\.tsv: cannot be read"):
+        FolderPairs(folder / "absent.tsv", folder)
+
+
+@pytest.mark.parametrize("every", [2, 3, 20])
+def test_parts_are_disjoint_and_complete(folder, every):
+    path = folder / "lines.txt"
+    path.write_text("\n\n".join(f"line {i}" for i in range(47)) + "\n")
+    whole = TextLines(path)
+    parts = [Subset(whole, held_out, every) for held_out in (True, False)]
+    found = [{part[i].text for i in range(len(part))} for part in parts]
+    assert [len(f) for f in found] == [len(p) for p in parts]
+    assert not found[0] & found[1] and found[0] | found[1] == {f"line {i}" for i in range(47)}
+    assert len(parts[0]) == -(-47 // every)
+
+
+def test_a_part_that_is_empty_is_named(folder):
+    (folder / "lines.txt").write_text("one\n")
+    with pytest.raises(UserError, match=r"lines\.txt: 1 item"):
+        Subset(TextLines(folder / "lines.txt"), held_out=False)
+    (folder / "blank.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=r"blank\.txt: no text"):
+        TextLines(folder / "blank.txt")
+
+
+def test_texts_carry_no_picture(folder):
+    (folder / "lines.txt").write_text("one\ntwo\n")
+    pairs = read(folder, "c.jsonl", jsonl(PAIRS))
+    for source in (TextLines(folder / "lines.txt"), ShapesTexts(0, "train"), CaptionTexts(ShapesPairs(0, "train"))):
+        assert all(source[i].image is None for i in range(min(len(source), 300)))
+    texts = CaptionTexts(pairs)
+    assert [(texts[i].text, texts[i].image) for i in range(3)] == [(text, None) for _, text in ONE_LINE]
+    assert [texts[i].name for i in range(len(texts))] == [pairs[i].name for i in range(3)]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_pairs_of_the_world(split):
+    source = ShapesPairs(5, split, twins=4, complete=0.8)
+    for index in range(60):
+        record, again = source[index], source[index]
+        scene = shapes.make_scene(5, split, index, twins=4)
+        np.testing.assert_array_equal(record.image, shapes.render(scene))
+        np.testing.assert_array_equal(record.image, again.image)
+        assert record.text == again.text and not (record.context or record.prompt or record.joint)
+        assert "?" not in record.text and "question" not in record.text and "answer" not in record.text
+        assert split in record.name and str(index) in record.name
+
+
+def test_texts_of_the_world():
+    """The share of each kind, answers that the context supports, and never a held-out pair."""
+    source = ShapesTexts(0, "train")
+    records = [source[i] for i in range(1500)]
+    assert records[:50] == [source[i] for i in range(50)]
+    asked = [r for r in records if r.text.startswith("question: ")]
+    assert 0.1 < np.mean([not r.context for r in records]) < 0.2
+    assert 0.54 < len(asked) / len(records) < 0.66
+    assert 0.6 < np.mean([r.prompt is not None for r in asked]) < 0.8
+    assert 0.4 < np.mean([r.joint for r in asked]) < 0.6
+    for record in asked:
+        prompt, answer = record.text.rsplit(" answer: ", 1)
+        assert record.prompt in (None, f"{prompt} answer:") and record.context
+        if answer in shapes.COLORS or answer in shapes.SHAPES or answer in shapes.RADII or answer in shapes.POSITIONS:
+            assert answer in record.context
+    texts = " ".join(r.text + " " + r.context for r in records)
+    assert not any(f"{color} {shape}" in " ".join(r.context for r in records) for color, shape in shapes.HELD_OUT)
+    assert all(word in texts for word in (*shapes.COLORS, *shapes.SHAPES))

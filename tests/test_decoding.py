@@ -1,0 +1,258 @@
+"""Greedy decoding: against an uncached loop, against Hugging Face token for token, and rows that keep to themselves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import bart_config
+from tiny import make_assets, tiny_config
+
+from vlkd_jax import decoding
+from vlkd_jax.data.sources import ShapesPairs
+from vlkd_jax.distill import make_objective
+from vlkd_jax.hf.load import load_bart
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.predict import Predictor
+
+START, BOS, PAD, EOS = 2, 0, 1, 2
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def wordy_bart(save_torch):
+    """A torch BART whose logits bias is random, so that what it says varies and some of it ends early."""
+    import torch
+    from transformers import BartForConditionalGeneration
+
+    made = save_torch(BartForConditionalGeneration, bart_config(max_position_embeddings=40), seed=5)
+    bias = torch.randn(made.model.final_logits_bias.shape, generator=torch.Generator().manual_seed(0))
+    made.model.final_logits_bias.copy_(bias)
+    made.model.final_logits_bias[0, EOS] += 1.0
+    made.model.save_pretrained(made.directory)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(wordy_bart):
+    """(Bart, parameters) of that directory."""
+    config, params = load_bart(wordy_bart.directory)
+    assert (config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id) == (START, BOS, EOS)
+    return Bart(config), params
+
+
+@functools.cache
+def compiled(bart):
+    return jax.jit(functools.partial(decoding.greedy, bart), static_argnames="max_new_tokens")
+
+
+def greedy(model, memory, memory_mask, prefix, prefix_mask, max_new_tokens=NEW):
+    bart, params = model
+    found = compiled(bart)(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens=max_new_tokens)
+    assert found.shape == (len(prefix), max_new_tokens) and found.dtype == jnp.int32
+    return np.asarray(found)
+
+
+def padded(rows, width=None):
+    width = width or max(map(len, rows))
+    ids = np.full((len(rows), width), PAD, np.int32)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)] = row
+    return ids, np.arange(width) < np.array([len(row) for row in rows])[:, None]
+
+
+def sources(rng, count, low=1, high=14):
+    """Random encoder inputs from `<s>` to `</s>`."""
+    return [[BOS, *rng.integers(3, 99, rng.integers(low, high)), EOS] for _ in range(count)]
+
+
+def prefixes(rng, lengths):
+    """Forced decoder tokens: start, `<s>` and some words."""
+    return [[START, BOS, *rng.integers(3, 99, n)] for n in lengths]
+
+
+def encode(model, rows, width=None):
+    bart, params = model
+    ids, mask = padded(rows, width)
+    return np.asarray(jax.jit(functools.partial(bart.apply, method="encode"))({"params": params}, ids, mask)), mask
+
+
+def naive(model, memory, memory_mask, rows, max_new_tokens=NEW, forced_eos=EOS):
+    """The whole decoder run again for each new token: no cache, no positions but the plain ones."""
+    bart, params = model
+    width = max(map(len, rows)) + max_new_tokens
+    run = jax.jit(
+        lambda ids: bart.apply(
+            {"params": params},
+            bart.apply({"params": params}, ids, memory, memory_mask, method="decode"),
+            method="logits",
+        )
+    )
+    rows, found = [list(map(int, row)) for row in rows], [[] for _ in rows]
+    for step in range(max_new_tokens):
+        logits = np.asarray(run(padded(rows, width)[0]))
+        for k, row in enumerate(rows):
+            if EOS in found[k]:
+                continue
+            token = int(logits[k, len(row) - 1].argmax())
+            if step == max_new_tokens - 1 and forced_eos is not None:
+                token = forced_eos
+            found[k].append(token)
+            row.append(token)
+    return padded(found, max_new_tokens)[0]
+
+
+def varied(ids):
+    """The rows say different things, and not the same word again and again."""
+    assert len({tuple(row) for row in ids.tolist()}) > 0.6 * len(ids)
+    assert len(np.unique(ids)) > 15
+
+
+def test_cached_is_naive(model, rng):
+    memory, mask = encode(model, sources(rng, 8))
+    rows = prefixes(rng, [0, 1, 2, 5, 9, 3, 0, 7])
+    found = greedy(model, memory, mask, *padded(rows))
+    np.testing.assert_array_equal(found, naive(model, memory, mask, rows))
+    varied(found)
+
+
+def test_padding_is_not_seen(model, rng):
+    """Wider buffers for source and prefix, with anything in the padding, give the same tokens."""
+    texts, rows = sources(rng, 6), prefixes(rng, [4, 0, 2, 6, 1, 3])
+    memory, mask = encode(model, texts)
+    plain = greedy(model, memory, mask, *padded(rows))
+    wide, wide_mask = encode(model, texts, 20)
+    wide = np.where(wide_mask[..., None], wide, rng.normal(size=wide.shape) * 10).astype(np.float32)
+    prefix, prefix_mask = padded(rows, 16)
+    prefix = np.where(prefix_mask, prefix, rng.integers(3, 99, prefix.shape)).astype(np.int32)
+    np.testing.assert_array_equal(greedy(model, wide, wide_mask, prefix, prefix_mask), plain)
+
+
+def test_a_row_alone_says_the_same(model, rng):
+    texts, rows = sources(rng, 5), prefixes(rng, [0, 3, 1, 6, 2])
+    memory, mask = encode(model, texts)
+    together = greedy(model, memory, mask, *padded(rows))
+    for k in range(5):
+        alone = greedy(model, *encode(model, texts[k : k + 1]), *padded(rows[k : k + 1]))
+        np.testing.assert_array_equal(alone[0], together[k])
+
+
+def test_neighbours_do_not_matter(model, rng):
+    texts, rows = sources(rng, 6), prefixes(rng, [2, 0, 4, 1, 3, 5])
+    memory, mask = encode(model, texts, 16)
+    together = greedy(model, memory, mask, *padded(rows, 8))
+    order = rng.permutation(6)
+    prefix, prefix_mask = padded(rows, 8)
+    moved = greedy(model, memory[order], mask[order], prefix[order], prefix_mask[order])
+    np.testing.assert_array_equal(moved, together[order])
+    others, others_mask = encode(model, sources(rng, 6), 16)
+    others[2], others_mask[2] = memory[2], mask[2]
+    strangers = [rows[2] if k == 2 else row for k, row in enumerate(prefixes(rng, [0, 6, 0, 6, 0, 6]))]
+    np.testing.assert_array_equal(greedy(model, others, others_mask, *padded(strangers, 8))[2], together[2])
+
+
+def test_ends(model, rng):
+    memory, mask = encode(model, sources(rng, 40))
+    prefix = padded(prefixes(rng, [0] * 40))
+    found = greedy(model, memory, mask, *prefix)
+    ends = (found == EOS).argmax(1)
+    assert (found == EOS).any(1).all()  # the last token is forced
+    assert (ends < NEW - 1).sum() > 3 and (ends == NEW - 1).any()
+    for row, end in zip(found, ends):
+        assert (row[end + 1 :] == PAD).all() and (row[:end] != PAD).all()
+    short = greedy(model, memory, mask, *prefix, max_new_tokens=3)
+    for row, longer in zip(short, found):
+        np.testing.assert_array_equal(row[:2], longer[:2])
+    assert (greedy(model, memory, mask, *prefix, max_new_tokens=1) == EOS).all()
+
+
+def test_nothing_is_forced_where_nothing_is_configured(model, rng):
+    bart, params = model
+    free = Bart(dataclasses.replace(bart.config, forced_eos_token_id=None)), params
+    memory, mask = encode(model, sources(rng, 20))
+    rows = [[START]] * 20
+    found = greedy(free, memory, mask, *padded(rows))
+    assert (found[:, -1] != EOS).any()
+    np.testing.assert_array_equal(found, naive(free, memory, mask, rows, forced_eos=None))
+
+
+def hugging_face(torch_model, texts, decoder_ids, new, **forced):
+    """What `generate` says after `decoder_ids` (all of one length), padded to `new`."""
+    import torch
+
+    ids, mask = padded(texts)
+    generation = torch_model.generation_config
+    for name, value in {"pad": PAD, "bos": BOS, "eos": EOS, "decoder_start": START, **forced}.items():
+        setattr(generation, f"{name}_token_id", value)
+    out = torch_model.generate(
+        input_ids=torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask).long(),
+        decoder_input_ids=torch.tensor(np.array(decoder_ids)).long(),
+        num_beams=1,
+        do_sample=False,
+        max_new_tokens=new,
+    ).numpy()
+    return padded(out[:, len(decoder_ids[0]) :].tolist(), new)[0]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("forced", [{"forced_bos": BOS, "forced_eos": EOS}, {"forced_bos": None, "forced_eos": None}])
+def test_hundred_prompts_as_hugging_face(wordy_bart, model, rng, forced):
+    bart, params = model
+    config = dataclasses.replace(bart.config, **{f"{name}_token_id": value for name, value in forced.items()})
+    texts = sources(rng, 100)
+    memory, mask = encode(model, texts)
+    first = [START] if forced["forced_bos"] is None else [START, forced["forced_bos"]]
+    ours = greedy((Bart(config), params), memory, mask, *padded([first] * 100))
+    theirs = hugging_face(wordy_bart.model, texts, [[START]] * 100, NEW + len(first) - 1, **forced)
+    if forced["forced_bos"] is not None:
+        assert (theirs[:, 0] == BOS).all()
+    np.testing.assert_array_equal(ours, theirs[:, len(first) - 1 :])
+    varied(ours)
+
+
+@pytest.mark.parity
+def test_prompts_with_a_forced_beginning_as_hugging_face(wordy_bart, model, rng):
+    """Rows of every prefix length in one batch here; Hugging Face takes one length at a time."""
+    lengths = np.repeat([1, 4, 7, 9], 25)
+    texts, rows = sources(rng, 100), prefixes(rng, lengths)
+    memory, mask = encode(model, texts)
+    ours = greedy(model, memory, mask, *padded(rows))
+    for start in range(0, 100, 25):
+        part = slice(start, start + 25)
+        theirs = hugging_face(wordy_bart.model, texts[part], rows[part], NEW, forced_bos=BOS, forced_eos=EOS)
+        np.testing.assert_array_equal(ours[part], theirs)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A distillation objective on the tiny models, its embeddings blown up so that the student's words vary."""
+    objective = make_objective(tiny_config(make_assets(tmp_path_factory.getbasetemp())))
+    params = jax.tree.map(np.asarray, objective.params)
+    noise = np.random.default_rng(0).normal(size=params["bart"]["final_logits_bias"].shape).astype(np.float32)
+    params["bart"] = {**jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params["bart"]), "final_logits_bias": noise}
+    params["image_projection"] = {"kernel": params["image_projection"]["kernel"] * 50}
+    return objective, params
+
+
+def test_the_predictor_pads_batches_and_shares_images(student):
+    objective, params = student
+    source = ShapesPairs(0, "validation")
+    encode = dataclasses.replace(objective.encoder, bart_text=None, clip_text=None)
+    pixels = [encode(source[i], np.random.default_rng(0))["pixels"] for i in range(3)]
+    text = objective.encoder.bart_text
+    prompts = [text.encode(source[i].text)[: 2 + 3 * i] for i in range(7)]
+    image_of = [0, 1, 2, 2, 1, 0, 1]
+    found = {}
+    for size in (2, 7, 16):
+        predictor = Predictor(objective, batch_size=size)
+        tokens, embedding = predictor.encode_images(pixels)
+        assert tokens.shape == (3, 5, 24) and embedding.shape == (3, 24)
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, rtol=1e-5)
+        found[size] = predictor.generate(params, prompts, prompts, 6, tokens, image_of)
+    assert found[2] == found[7] == found[16] and len(found[2]) == 7
+    blind = predictor.generate(params, prompts, prompts, 6)
+    swapped = predictor.generate(params, prompts, prompts, 6, tokens[[1, 2, 0]], image_of)
+    assert blind != found[2] and swapped != found[2]

@@ -1,0 +1,230 @@
+"""The launch scripts and the requirement files: usage, mistakes, set-up steps, and that the files agree."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+REFERENCE_ONLY = {"torch", "torchvision", "tensorflow", "pytest", "jaxtyping", "beartype"}
+
+
+def run(command, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def with_venv(path: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "VLKD_VENV": str(path), **more}
+
+
+def requirements(name: str) -> list[tuple[str, Requirement]]:
+    """(the line above, the requirement) of every requirement in the file."""
+    lines = (ROOT / name).read_text().splitlines()
+    return [
+        (above, Requirement(line)) for above, line in zip(["", *lines], lines, strict=False) if line and line[0] != "#"
+    ]
+
+
+def locked(name: str) -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / name).read_text().splitlines())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_are_strict(script):
+    assert run(["bash", "-n", script]).returncode == 0
+    if script.name != "setup.sh":  # sourced into the strict ones
+        assert os.access(script, os.X_OK)
+        assert "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("name", ["demo.sh", "test.sh"])
+def test_help_sets_nothing_up(name, option, tmp_path):
+    result = run([ROOT / "launch" / name, option], env=with_venv(tmp_path / "venv"), cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: launch/{name}") and result.stderr == ""
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--wrokdir", "x"], "--wrokdir"),
+        (["extra"], "extra"),
+        (["--workdir"], "--workdir needs a value"),
+        (["--seed="], "--seed needs a value"),
+        (["--seed", "abc"], "abc"),
+        (["--seed", "-1"], "-1"),
+        (["--seed=1.5"], "1.5"),
+    ],
+)
+def test_mistakes_on_the_demo_command_line(arguments, word, tmp_path):
+    result = run([ROOT / "launch" / "demo.sh", *arguments], env=with_venv(tmp_path / "venv"))
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and word in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what set-up reads, in a folder with a space, whose Python only pretends to install."""
+    root = tmp_path / "check out"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    for name in (
+        "requirements.txt",
+        "requirements.lock",
+        "requirements-dev.txt",
+        "requirements-dev.lock",
+        "pyproject.toml",
+    ):
+        shutil.copy(ROOT / name, root)
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "python3.11"
+    fake.write_text(
+        f"""#!/bin/bash
+echo "$0 $*" >> "{tmp_path}/calls"
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$0" "$3/bin/python" ;;
+  "-m pip") echo "ERROR: ${{FAKE_PIP_SAYS:-}}" >&2; sleep "${{FAKE_PIP_SLEEPS:-0}}"; exit "${{FAKE_PIP_EXITS:-0}}" ;;
+esac
+"""
+    )
+    fake.chmod(0o755)
+    return root
+
+
+def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
+    path = f"{checkout.parent}/bin:{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key != "VLKD_VENV"} | environment | {"PATH": path}
+    return run(
+        [checkout / "launch" / "demo.sh", "--seed=3", "--workdir", "out put"], cwd=checkout.parent, env=environment
+    )
+
+
+def calls(checkout: Path) -> list[str]:
+    log = checkout.parent / "calls"
+    lines = log.read_text().splitlines()
+    log.unlink()
+    return lines
+
+
+def test_set_up_once_then_run(checkout):
+    result = set_up(checkout)
+    assert result.returncode == 0 and result.stderr == "", result
+    assert len(result.stdout.splitlines()) == 2
+    made = calls(checkout)
+    python = f"{checkout}/.venv/bin/python"
+    assert [line for line in made if " -m venv " in line] == [
+        f"{checkout.parent}/bin/python3.11 -m venv {checkout}/.venv"
+    ]
+    installs = [line.split(" install ")[1] for line in made if " pip install " in line]
+    assert [f"-r {checkout}/requirements.lock" in install for install in installs] == [True, False]
+    assert f"--editable {checkout}" in installs[1]
+    demo = re.escape(f"{python} -m vlkd_jax.demo --workdir={checkout.parent}/out put --seed=3 --setup_seconds=")
+    assert re.fullmatch(demo + r"\d+", made[-1])
+
+    assert set_up(checkout).stdout == ""
+    assert len(calls(checkout)) == 1  # nothing but the demo itself
+
+    with open(checkout / "requirements.lock", "a") as file:
+        file.write("more==1\n")
+    assert "Setting up" in set_up(checkout).stdout
+    assert not any(" -m venv " in line for line in calls(checkout))
+
+
+def test_no_network_is_one_plain_line(checkout):
+    result = set_up(checkout, FAKE_PIP_EXITS="1", FAKE_PIP_SAYS="No matching distribution found for jax")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: could not install the packages")
+    assert "network" in result.stderr and "No matching distribution found for jax" in result.stderr
+    assert set_up(checkout).returncode == 0
+
+
+def test_a_set_up_that_was_killed_starts_over(checkout):
+    path = f"{checkout.parent}/bin:{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key != "VLKD_VENV"}
+    environment |= {"PATH": path, "FAKE_PIP_SLEEPS": "2"}
+    process = subprocess.Popen(
+        [checkout / "launch" / "demo.sh"], env=environment, stdout=subprocess.PIPE, text=True, cwd=checkout
+    )
+    while not (checkout / ".venv" / "pyvenv.cfg").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    (checkout / ".venv" / "half").write_text("")
+    result = set_up(checkout)
+    assert result.returncode == 0 and "starting it over" in result.stdout
+    assert not (checkout / ".venv" / "half").exists() and not (checkout / ".venv.installing").exists()
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(checkout):
+    (checkout / "mine").mkdir()
+    (checkout / "mine" / "thesis.tex").write_text("")
+    result = set_up(checkout, VLKD_VENV=str(checkout / "mine"))
+    assert result.returncode == 2 and "not a virtual environment" in result.stderr
+    assert result.stderr.count("\n") == 1 and os.listdir(checkout / "mine") == ["thesis.tex"]
+
+
+def test_no_suitable_python_is_one_plain_line(checkout):
+    (checkout.parent / "bin" / "python3.11").write_text("#!/bin/bash\nexit 1\n")
+    for name in ("python3", "python3.12", "python3.13", "python3.14"):
+        shutil.copy(checkout.parent / "bin" / "python3.11", checkout.parent / "bin" / name)
+    result = set_up(checkout)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no Python 3.11 or newer") and result.stderr.count("\n") == 1
+
+
+def test_the_package_imports_no_test_requirement():
+    offenders = []
+    for path in sorted((ROOT / "vlkd_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            offenders += [f"{path}:{node.lineno}: {name}" for name in names if name.split(".")[0] in REFERENCE_ONLY]
+    assert offenders == []
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_has_bounds_and_a_reason(name):
+    for reason, requirement in requirements(name):
+        assert re.match(r"# \w", reason), f"{requirement}: no reason above it"
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators in ({">=", "<"}, {"=="}), requirement
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_the_lock_satisfies_the_bounds(name):
+    versions = {canonicalize_name(package): version for package, version in locked(f"{name}.lock").items()}
+    for _, requirement in requirements(f"{name}.txt"):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_locks_are_plain_and_disjoint():
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        lines = (ROOT / name).read_text().splitlines()
+        assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+        assert lines == sorted(lines, key=str.lower)
+    runtime, dev = ({canonicalize_name(key) for key in locked(f"requirements{kind}.lock")} for kind in ("", "-dev"))
+    assert not runtime & dev and "torch" in dev
+
+
+def test_no_host_is_named_in_set_up():
+    files = [*SCRIPTS, *ROOT.glob("requirements*"), ROOT / "pyproject.toml"]
+    assert [
+        path.name for path in files if re.search(r"https?://|--index|--extra-index|find-links", path.read_text())
+    ] == []
+
+
+def test_the_installed_command_and_the_ignored_environment():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"vlkd": "vlkd_jax.cli:main"} and project["dynamic"] == ["dependencies"]
+    assert sys.version_info >= tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
+    assert ".venv/" in (ROOT / ".gitignore").read_text().splitlines()

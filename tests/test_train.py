@@ -1,0 +1,375 @@
+"""The training loop, in this process and through its command line: figures, resumption, kills, NaNs, early stopping."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import ROOT, arguments, command_line, environment, make_assets, tiny_config
+
+from vlkd_jax import entry
+from vlkd_jax import train as module
+from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.data import streams
+from vlkd_jax.distill import make_objective
+from vlkd_jax.errors import UserError
+from vlkd_jax.train import STOPPED, check_config, train
+
+REPLAYED = {"loss__text": 0.5, "dropout": 0.1}
+"""Options under which everything that is random takes part."""
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return make_assets(tmp_path_factory.getbasetemp())
+
+
+def digest(directory):
+    files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def same_bits(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def metrics_of(workdir, kind="train"):
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def steps_of(workdir):
+    return sorted(int(path.name[5:]) for path in (Path(workdir) / "checkpoints").glob("step_????????"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(assets, tmp_path_factory):
+    """(workdir, final state, CLIP's files and the frozen tree before) of an uninterrupted run of six steps."""
+    workdir = tmp_path_factory.mktemp("whole")
+    before = digest(assets)
+    state = train(tiny_config(assets, **REPLAYED), workdir)
+    return workdir, state, before
+
+
+def test_what_a_run_leaves(whole_run, assets):
+    workdir, state, before = whole_run
+    assert int(state.step) == 6 and int(state.skipped) == 0
+    assert steps_of(workdir) == [3, 6]
+    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert digest(assets) == before
+    lines = metrics_of(workdir)
+    assert [line["step"] for line in lines] == [2, 3, 4, 5, 6]  # the first step compiles: its rate would mislead
+    for line in lines:
+        assert {"images_per_second", "data_wait", "lr", "loss", "ttdm", "itcl", "icti", "text", "grad_norm"} <= set(
+            line
+        )
+        assert line["skipped"] == 0 and 0 <= line["data_wait"] <= 1
+        assert line["loss"] == pytest.approx(line["ttdm"] + line["itcl"] + line["icti"] + 0.5 * line["text"], rel=1e-5)
+
+
+def test_the_teacher_is_in_no_checkpoint(whole_run, assets):
+    """Neither by name nor by size: parameters and moments are the student's alone."""
+    workdir, state, _ = whole_run
+    student = make_objective(tiny_config(assets, **REPLAYED)).params
+    size = sum(leaf.size for leaf in jax.tree.leaves(student))
+    assert set(state.params) == set(student)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim or leaf.dtype == np.float32]
+    assert sum(leaf.size for leaf in moments) == 2 * size
+    manifest = (workdir / "checkpoints" / "step_00000006" / "vlkd_manifest.jsonl").read_text().splitlines()[1]
+    names = list(json.loads(manifest)["tree"])
+    assert len(names) == len(jax.tree.leaves(state))
+    assert not any(word in name for name in names for word in ("vision", "clip", "text_model", "frozen"))
+
+
+def test_the_teacher_is_bit_equal_after_training(assets, tmp_path, monkeypatch):
+    frozen = []
+    original = module._Loop.run
+
+    def run(loop, state, step_function):
+        before = jax.tree.map(np.array, loop.frozen)
+        result = original(loop, state, step_function)
+        frozen.append((before, jax.tree.map(np.array, loop.frozen)))
+        return result
+
+    monkeypatch.setattr(module._Loop, "run", run)
+    train(tiny_config(assets, steps=3, loss__l2=0.1), tmp_path / "run")
+    ((before, after),) = frozen
+    same_bits(before, after)
+    same_bits(after, jax.tree.map(np.asarray, make_objective(tiny_config(assets, loss__l2=0.1)).frozen))
+
+
+class Cut(Exception):
+    """Stands for whatever ends a run."""
+
+
+def cut_at(monkeypatch, step):
+    """The next run ends in the middle of `step`, after the update and before its checkpoint."""
+    original = module._Loop._watch
+
+    def watch(loop, at, *rest):
+        if at == step:
+            raise Cut
+        return original(loop, at, *rest)
+
+    monkeypatch.setattr(module._Loop, "_watch", watch)
+    return lambda: monkeypatch.setattr(module._Loop, "_watch", original)
+
+
+def test_resumed_is_uninterrupted(whole_run, assets, tmp_path, monkeypatch, capsys):
+    _, expected, _ = whole_run
+    config = tiny_config(assets, **REPLAYED, save_every=2)
+    restore = cut_at(monkeypatch, 5)
+    with pytest.raises(Cut):
+        train(config, tmp_path / "run")
+    restore()
+    assert steps_of(tmp_path / "run") == [2, 4]
+    same_bits(train(config, tmp_path / "run"), expected)
+    assert "step 4 of 6" in capsys.readouterr().out
+    same_bits(train(config, tmp_path / "run"), expected)  # once more: complete, and the same state
+    assert "this run is complete at step 6" in capsys.readouterr().out
+
+
+SLOWED = """
+import time
+from vlkd_jax import entry, train
+log = train._Loop._log
+train._Loop._log = lambda *arguments: (log(*arguments), time.sleep(0.2))
+entry.run(train.main, train.define_flags, ("config", "workdir"))
+"""
+
+
+def test_killed_and_started_again(whole_run, assets, tmp_path):
+    """SIGKILL while a checkpoint is written; the command goes on and ends in the bits of the uninterrupted run."""
+    _, expected, _ = whole_run
+    argv = arguments(assets, tmp_path / "run", **REPLAYED, save_every=2)
+    command = [sys.executable, "-c", SLOWED, *argv]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    for line in run.stdout:
+        if line.startswith("step 5/6"):
+            run.send_signal(signal.SIGKILL)
+            break
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / "run.lock").exists()
+    again = command_line("train", argv)
+    assert again.returncode == 0, again.stderr
+    assert "Traceback" not in again.stderr and "this run is complete" not in again.stdout
+    progress = [line for line in again.stdout.splitlines() if line.startswith("step 6/6")]
+    number = r"-?[\d.]+(?:e[+-]?\d+)?"
+    names = ["lr", "grad_norm", "icti", "itcl", "loss", "text", "ttdm"]
+    assert len(progress) == 1
+    assert re.match(r"step 6/6  eta 0:00  \d+ images/s  data \d+%  lr ", progress[0])
+    assert sorted(re.findall(rf"([a-z_]+) {number}(?:  |$)", progress[0].split("%  ")[1])) == sorted(names)
+    same_bits(train(tiny_config(assets, **REPLAYED, save_every=2), tmp_path / "run"), expected)
+
+
+def test_eight_devices_are_one(assets, tmp_path):
+    assert jax.device_count() >= 8, "8 fake devices are needed: run through launch/test.sh"
+    states = [
+        train(tiny_config(assets, steps=3, mesh__data=count, save_every=3, loss__text=0.5), tmp_path / str(count))
+        for count in (1, 8)
+    ]
+    for name in ("params", "opt_state"):
+        for one, eight in zip(*(jax.tree.leaves(getattr(state, name)) for state in states)):
+            assert len(eight.sharding.device_set) == 8
+            np.testing.assert_allclose(one, eight, atol=1e-5)
+    losses = [[line["loss"] for line in metrics_of(tmp_path / count)] for count in ("1", "8")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_run_goes_on_with_other_devices(whole_run, assets, tmp_path, monkeypatch):
+    _, expected, _ = whole_run
+    restore = cut_at(monkeypatch, 4)
+    with pytest.raises(Cut):
+        train(tiny_config(assets, **REPLAYED, mesh__data=2), tmp_path / "run")
+    restore()
+    state = train(tiny_config(assets, **REPLAYED, mesh__data=1), tmp_path / "run")
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def poison(monkeypatch, steps):
+    """The stream's batches at these steps hold a NaN pixel."""
+    original = streams.train_stream
+
+    def stream(config, objective, start):
+        for step, batch in enumerate(original(config, objective, start), start + 1):
+            if step in steps:
+                batch.pixels[3, 0, 0, 0] = np.nan
+            yield batch
+
+    monkeypatch.setattr(module, "train_stream", stream)
+
+
+def states_by_step(monkeypatch):
+    """Filled while a run goes on: step -> (skipped so far, parameters, optimizer state)."""
+    seen = {}
+    original = module.make_train_step
+
+    def keep(state):
+        seen[int(state.step)] = int(state.skipped), state.params, state.opt_state
+
+    def make(*arguments):
+        step_function = original(*arguments)
+
+        def recorded(state, frozen, batch):
+            new, metrics = step_function(state, frozen, batch)
+            jax.debug.callback(keep, new)
+            return new, metrics
+
+        return recorded
+
+    monkeypatch.setattr(module, "make_train_step", make)
+    return seen
+
+
+def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2, 4, 5})
+    seen = states_by_step(monkeypatch)
+    state = train(tiny_config(assets, nan_limit=3), tmp_path / "run")
+    jax.effects_barrier()
+    assert int(state.step) == 6 and int(state.skipped) == 3 and int(state.skipped_in_row) == 0
+    assert [seen[k][0] for k in range(1, 7)] == [0, 1, 1, 2, 3, 3]
+    for bad, good in ((2, 1), (4, 3), (5, 3)):
+        same_bits(seen[bad][1:], seen[good][1:])
+    for one, other in ((1, 3), (3, 6)):
+        kernels = [seen[k][1]["sentence_projection"]["kernel"] for k in (one, other)]
+        assert (kernels[0] != kernels[1]).any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    out = capsys.readouterr().out
+    assert [int(k) for k in re.findall(r"step (\d+): the loss or its gradient is not finite", out)] == [2, 4, 5]
+    assert [line["skipped"] for line in metrics_of(tmp_path / "run")] == [1, 1, 2, 3, 3]
+
+
+def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 4, 5, 6})
+    with pytest.raises(entry.Diverged) as caught:
+        train(tiny_config(assets, nan_limit=3, steps=9, save_every=1), tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith("3 updates in a row")
+    for step in (4, 5, 6):
+        first = 8 * (step - 1)  # the built-in world is read in order
+        assert f"step {step} (records {', '.join(map(str, range(first, first + 8)))})" in message
+    assert "step 2" not in message and "optim.lr" in message and "checkpoint" in message
+    assert steps_of(tmp_path / "run") == [4, 5]
+
+
+class Figures:
+    """Held-out figures as a script says: retention by step, read from the state's own counter of calls."""
+
+    def __init__(self, values):
+        self.values, self.calls = values, 0
+
+    def __call__(self, params):
+        self.calls += 1
+        return {"held_out/icti": 1.0, "retention/text_qa": self.values[self.calls - 1]}
+
+
+STOPPING = {"eval__every": 2, "early_stop__metric": "retention/text_qa", "early_stop__max_drop": 0.05, "steps": 10}
+
+
+def test_early_stopping_keeps_the_last_good_state(assets, tmp_path, monkeypatch, capsys):
+    """Steps 0, 2, 4 are within the limit, 6 is not; the checkpoint between them (save_every=1) must not stand."""
+    figures = Figures([0.9, 0.86, 0.88, 0.84])
+    monkeypatch.setattr(module, "HeldOut", lambda *_: figures)
+    seen = states_by_step(monkeypatch)
+    config = tiny_config(assets, **STOPPING, save_every=1)
+    state = train(config, tmp_path / "run")
+    jax.effects_barrier()
+    assert int(state.step) == 4 and figures.calls == 4 and max(seen) == 6
+    same_bits(state.params, seen[4][1])
+    assert "stopped at step 6" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / STOPPED).read_text()) == {"stopped_at": 6, "checkpoint": 4}
+    assert max(steps_of(tmp_path / "run")) == 4
+    again = train(config, tmp_path / "run")
+    assert "this run is complete at step 4" in capsys.readouterr().out and figures.calls == 4
+    same_bits(again, state)
+
+
+def test_stopping_at_the_first_look_gives_the_start_back(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HeldOut", lambda *_: Figures([0.9, 0.1]))
+    config = tiny_config(assets, **STOPPING)
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 0
+    same_bits(jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, make_objective(config).params))
+
+
+def test_the_figure_at_the_start_outlives_an_interruption(assets, tmp_path, monkeypatch):
+    figures = Figures([0.9, 0.88, 0.86, 0.80])
+    monkeypatch.setattr(module, "HeldOut", lambda *_: figures)
+    restore = cut_at(monkeypatch, 5)
+    with pytest.raises(Cut):
+        train(tiny_config(assets, **STOPPING), tmp_path / "run")
+    restore()
+    state = train(tiny_config(assets, **STOPPING), tmp_path / "run")
+    assert int(state.step) == 4 and figures.calls == 4  # 0.80 is judged by 0.9, not by what came after the restart
+
+
+def test_held_out_figures(assets, tmp_path):
+    """At the start, every so often and at the end: losses on held-out pairs, and what became of the text abilities."""
+    train(tiny_config(assets, steps=4, eval__every=3, save_every=4), tmp_path / "run")
+    lines = metrics_of(tmp_path / "run", "eval")
+    assert [line["step"] for line in lines] == [0, 3, 4]
+    names = {f"held_out/{name}" for name in ("ttdm", "itcl", "icti")}
+    names |= {"retention/denoise_loss", "retention/token_accuracy", "retention/text_qa"}
+    for line in lines:
+        assert names <= set(line)
+        assert all(np.isfinite(line[name]) for name in names)
+        assert 0 <= line["retention/text_qa"] <= 1 and 0 <= line["retention/token_accuracy"] <= 1
+    assert lines[0]["held_out/ttdm"] != lines[-1]["held_out/ttdm"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "config.steps is 0"),
+        ({"nan_limit": 0}, "config.nan_limit is 0"),
+        ({"data__twins": 0}, "config.data.twins is 0"),
+        ({"data__validation_every": 1}, "config.data.validation_every is 1"),
+        ({"eval__batches": 0}, "config.eval.batches is 0"),
+        ({"corruption__ratio": 1.5}, "config.corruption.ratio is 1.5"),
+        ({"corruption__mask_all": -0.1}, "config.corruption.mask_all is -0.1"),
+        ({"optim__schedule": "step"}, "config.optim.schedule is 'step'"),
+        ({"batch_size": 6, "mesh__data": 4}, "config.batch_size is 6"),
+        ({"data__source": "shapes_texts"}, "config.data.source is 'shapes_texts'"),
+        ({"early_stop__metric": "x"}, "config.early_stop.metric"),
+    ],
+)
+def test_impossible_values_are_named(assets, changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_config(tiny_config(assets, **changes))
+
+
+def test_an_unknown_metric_to_stop_by_is_named(assets, tmp_path):
+    config = tiny_config(assets, eval__every=2, early_stop__metric="retention/text_qq")
+    with pytest.raises(UserError, match=r"retention/text_qq.*retention/text_qa"):
+        train(config, tmp_path / "run")
+    assert steps_of(tmp_path / "run") == []
+
+
+def test_damaged_checkpoints_are_passed_over(whole_run, assets, tmp_path, capsys):
+    """The end of a run is damaged: it goes on from the step before and ends the same."""
+    _, expected, _ = whole_run
+    config = tiny_config(assets, **REPLAYED)
+    same_bits(train(config, tmp_path / "run"), expected)
+    largest = max(
+        (tmp_path / "run" / "checkpoints" / "step_00000006").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    same_bits(train(config, tmp_path / "run"), expected)
+    captured = capsys.readouterr()
+    assert "step 3 of 6" in captured.out and "passed over" in captured.err
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 6

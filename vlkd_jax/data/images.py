@@ -1,0 +1,95 @@
+"""Pixels for CLIP: decode, resize the short side (bicubic), centre crop, normalise. One path for training and use."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlkd_jax.errors import UserError
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+_SCALE, _SHIFT = (1 / 255 / STD).astype(np.float32), (MEAN / STD).astype(np.float32)
+MAX_PIXELS = 64_000_000
+"""Pictures with more pixels than this are refused before they are decoded."""
+MAX_ASPECT = 20
+"""Of longer strips only the middle is used: enlarged whole, 1 x 20,000 pixels would take gigabytes."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # check_header refuses such pictures itself
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Reads a picture as RGB, turned upright as its EXIF orientation says; transparency lies on white.
+
+    Raises:
+      UserError: the file is missing, is no picture, is damaged, or holds more than `MAX_PIXELS` pixels.
+    """
+    image = check_header(source)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "P", "PA"):
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        elif image.mode.startswith("I") or image.mode == "F":  # 16-bit and deeper: Pillow's own conversion clips
+            deep = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+            image = Image.fromarray((deep / max(deep.max(), 65535 if deep.max() > 255 else 255) * 255).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as e:  # Pillow's decoders raise nearly anything for damaged data
+        raise _damaged(source, e) from e
+
+
+def _damaged(source: str | Path | bytes, error: Exception) -> UserError:
+    reason = str(error) or type(error).__name__
+    return UserError(f"{_name(source)}: the image does not decode ({reason}); replace the file or drop its line")
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "the picture" if isinstance(source, bytes) else str(source)
+
+
+def check_header(source: str | Path | bytes) -> Image.Image:
+    """Opens a picture without decoding it.
+
+    Raises:
+      UserError: missing, not a picture, or too many pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError as e:
+        raise UserError(f"{source}: image file not found; correct the path or drop its line") from e
+    except Exception as e:  # as above
+        raise _damaged(source, e) from e
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height} pixels"
+        raise UserError(f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller")
+    return image
+
+
+def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """Short side to `size` (bicubic), centre crop: CLIP's evaluation transform. Returns uint8 [size, size, 3]."""
+    if isinstance(image, np.ndarray):
+        if image.shape == (size, size, 3):
+            return image
+        image = Image.fromarray(image)
+    short = min(image.size)
+    image = _middle(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
+    width, height = image.size
+    if short != size:
+        new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+        image = image.resize(new, Image.Resampling.BICUBIC)
+    return np.asarray(_middle(image, size, size))
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] to float32 with CLIP's mean and standard deviation."""
+    return pixels * _SCALE - _SHIFT

@@ -1,0 +1,328 @@
+"""The built-in world "shapes": procedural pictures, captions, questions and answers, each a pure function of a seed.
+
+A scene holds one to three objects, each with a shape, a colour, a size and one quadrant of the picture. The splits
+`train` and `validation` never hold a (colour, shape) pair of `HELD_OUT`; every scene of `test` holds at least one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+IMAGE_SIZE = 72
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 215, 50),
+    "purple": (150, 50, 190),
+    "orange": (245, 140, 30),
+    "cyan": (60, 210, 220),
+    "white": (240, 240, 240),
+}
+RADII = {"small": (5.5, 7.5), "large": (11.0, 15.0)}
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+COUNTS = ("one", "two", "three")
+SPLITS = ("train", "validation", "test")
+HELD_OUT = frozenset((color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS))
+QUESTION_TYPES = ("color", "shape", "size", "count", "existence", "relation", "position")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """One object: names of its attributes, and where it is drawn (centre and radius in pixels)."""
+
+    shape: str
+    color: str
+    size: str
+    position: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def attributes(self) -> tuple[str, str, str, str]:
+        return self.size, self.color, self.shape, self.position
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Objects in reading order (top left to bottom right) and the seed of the picture's noise."""
+
+    things: tuple[Thing, ...]
+    noise: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a scene with its one right answer; `kind` is one of `QUESTION_TYPES`."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def generator(seed: int, split: str, index: int, stream: int = 0) -> np.random.Generator:
+    """The random numbers of one item: the same for the same (seed, split, index, stream), whoever asks and when."""
+    return np.random.default_rng([seed, SPLITS.index(split), index, stream])
+
+
+def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
+    """Draws a scene; with `held_out` at least one object is one of the held-out pairs, otherwise none is."""
+    count = int(rng.integers(1, 4))
+    pairs: list[tuple[str, str]] = []
+    colors = tuple(COLORS)
+    if held_out:
+        pairs.append(sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))])
+    while len(pairs) < count:
+        pair = (colors[int(rng.integers(len(colors)))], SHAPES[int(rng.integers(len(SHAPES)))])
+        if pair not in pairs and (held_out or pair not in HELD_OUT):
+            pairs.append(pair)
+    quadrants = rng.permutation(len(POSITIONS))[:count]
+    things = [_place(rng, color, shape, int(q)) for (color, shape), q in zip(pairs, quadrants, strict=True)]
+    return Scene(_in_reading_order(things), int(rng.integers(2**31)))
+
+
+def _in_reading_order(things: list[Thing]) -> tuple[Thing, ...]:
+    return tuple(sorted(things, key=lambda t: POSITIONS.index(t.position)))
+
+
+def _place(rng: np.random.Generator, color: str, shape: str, quadrant: int, size: str | None = None) -> Thing:
+    size = size or ("small", "large")[int(rng.integers(2))]
+    radius = float(rng.uniform(*RADII[size]))
+    half = IMAGE_SIZE // 2
+    x, y = rng.uniform(radius + 1, half - 1 - radius, size=2)
+    return Thing(
+        shape, color, size, POSITIONS[quadrant], x + half * (quadrant % 2), y + half * (quadrant // 2), radius
+    )
+
+
+def twin(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one attribute of one object changed: a hard negative for contrastive pre-training."""
+    things = list(scene.things)
+    k = int(rng.integers(len(things)))
+    thing = things[k]
+    change = int(rng.integers(5))
+    color, shape, size, quadrant = thing.color, thing.shape, thing.size, POSITIONS.index(thing.position)
+    others = [(t.color, t.shape) for i, t in enumerate(things) if i != k]
+    if change == 0:
+        size = "large" if size == "small" else "small"
+    elif change == 1:
+        free = [q for q in range(4) if POSITIONS[q] not in {t.position for t in things}]
+        quadrant = free[int(rng.integers(len(free)))]
+    else:  # shapes are the hardest to see, so they change twice as often as colours
+        options = [
+            (c, s)
+            for c in COLORS
+            for s in SHAPES
+            if (c, s) not in HELD_OUT and (c, s) not in others and ((c == color) != (s == shape))
+            if (s == shape) == (change == 2)
+        ]
+        color, shape = options[int(rng.integers(len(options)))]
+    things[k] = _place(rng, color, shape, quadrant, size)
+    return Scene(_in_reading_order(things), int(rng.integers(2**31)))
+
+
+def make_scene(seed: int, split: str, index: int, twins: int = 1) -> Scene:
+    """Scene `index` of a split; with `twins` > 1, runs of that many neighbours differ in one attribute only."""
+    base = sample_scene(generator(seed, split, index - index % twins), held_out=split == "test")
+    return twin(base, generator(seed, split, index, 1)) if index % twins else base
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draws a scene. Returns uint8 [72, 72, 3]: anti-aliased objects on a dark ground with noise."""
+    rng = np.random.default_rng(scene.noise)
+    image = rng.random((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32) * 14 + np.float32(rng.uniform(20, 60))
+    for thing in scene.things:
+        color = np.asarray(COLORS[thing.color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
+        reach = int(thing.radius) + 2
+        rows = slice(max(int(thing.y) - reach, 0), int(thing.y) + reach + 1)
+        cols = slice(max(int(thing.x) - reach, 0), int(thing.x) + reach + 1)
+        patch = image[rows, cols]
+        y = np.arange(rows.start, rows.start + patch.shape[0], dtype=np.float32)[:, None] + 0.5 - thing.y
+        x = np.arange(cols.start, cols.start + patch.shape[1], dtype=np.float32)[None, :] + 0.5 - thing.x
+        alpha = np.clip(0.5 - _distance(thing.shape, x, y, thing.radius), 0, 1)[..., None]
+        patch += alpha * (color - patch)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance in pixels (approximate at corners) from an outline; negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - radius
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.74 * radius) - 0.24 * radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.84 * radius
+    if shape == "cross":
+        arm = 0.3 * radius
+        return np.minimum(
+            np.maximum(np.abs(x) - arm, np.abs(y) - radius), np.maximum(np.abs(x) - radius, np.abs(y) - arm)
+        )
+    if shape == "triangle":
+        return np.maximum(y - 0.62 * radius, 0.87 * np.abs(x) - 0.5 * y - 0.55 * radius)
+    # star: five straight outlines in polar form, outer radius 1, inner radius 0.42
+    angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    inner_x, inner_y = 0.42 * np.cos(np.pi / 5), 0.42 * np.sin(np.pi / 5)
+    normal = np.array([inner_y, 1 - inner_x]) / np.hypot(inner_y, 1 - inner_x)
+    distance = np.hypot(x, y)
+    return distance * (np.cos(angle) * normal[0] + np.sin(angle) * normal[1]) - radius * normal[0]
+
+
+def caption(scene: Scene, rng: np.random.Generator, complete: float = 0.0) -> str:
+    """One English description; at least with probability `complete` one that names every attribute of every object."""
+    style = rng.random() * (0.6 if rng.random() < complete else 1.0)
+    if style < 0.3:
+        return "a picture of " + _join([_phrase(t) for t in scene.things])
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    if style < 0.45:
+        return _counted(things) + ": " + _join([_phrase(t) for t in things])
+    if style < 0.6:
+        return _join([f"at {t.position} {_noun(t, size=True)}" for t in things])
+    if style < 0.75 and len(things) > 1:
+        return _related(things, rng)
+    if style < 0.85:
+        return _stated(things, rng)
+    short = [_noun(t, size=bool(rng.integers(2))) for t in things]
+    return _join(short) if style < 0.92 else f"{_counted(things)}: {_join(short)}"
+
+
+def _noun(thing: Thing, size: bool, article: str = "a") -> str:
+    words = (article, thing.size, thing.color, thing.shape) if size else (article, thing.color, thing.shape)
+    return " ".join(words).replace("a orange", "an orange")
+
+
+def _phrase(thing: Thing) -> str:
+    return f"{_noun(thing, size=True)} at {thing.position}"
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _counted(things: list[Thing]) -> str:
+    return "there is one object" if len(things) == 1 else f"there are {COUNTS[len(things) - 1]} objects"
+
+
+def _related(things: list[Thing], rng: np.random.Generator) -> str:
+    first, second = things[:2]
+    axis, word = _relations(first, second)[int(rng.integers(len(_relations(first, second))))]
+    preposition = f"to the {word} of" if axis == "x" else word
+    text = f"{_noun(first, True)} is {preposition} {_noun(second, True)}"
+    return text if len(things) == 2 else f"{text} and there is {_noun(things[2], True)}"
+
+
+def _stated(things: list[Thing], rng: np.random.Generator) -> str:
+    forms = (
+        lambda t: f"the {t.shape} is {t.color}",
+        lambda t: f"the {t.color} {t.shape} is {t.size}",
+        lambda t: f"the {t.color} {t.shape} is at {t.position}",
+        lambda t: f"the {t.color} object is a {t.shape}",
+    )
+    form = forms[int(rng.integers(len(forms)))]
+    return _join([form(t) for t in things])
+
+
+def _relations(first: Thing, second: Thing) -> list[tuple[str, str]]:
+    """Where `first` is, seen from `second`: (axis, word) for each axis on which their quadrants differ."""
+    a, b = POSITIONS.index(first.position), POSITIONS.index(second.position)
+    found = []
+    if a % 2 != b % 2:
+        found.append(("x", "left" if a % 2 < b % 2 else "right"))
+    if a // 2 != b // 2:
+        found.append(("y", "above" if a // 2 < b // 2 else "below"))
+    return found
+
+
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
+    """A question of one type, or None where the scene allows none that has exactly one right answer."""
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    if kind == "count":
+        noun = ("objects", "shapes", "things")[int(rng.integers(3))]
+        return Question(kind, f"how many {noun} are there?", COUNTS[len(things) - 1])
+    if kind == "existence":
+        return _ask_existence(things, rng)
+    if kind == "relation":
+        return _ask_relation(things, rng)
+    if kind == "color":
+        named = [t for t in things if sum(o.shape == t.shape for o in things) == 1]
+        template, noun = "what color is the {}?", "shape"
+    elif kind == "shape":
+        named = [t for t in things if sum(o.color == t.color for o in things) == 1]
+        template, noun = "what shape is the {} object?", "color"
+    else:
+        named = things
+        template, noun = ("what size is the {}?", None) if kind == "size" else ("where is the {}?", None)
+    if kind in ("color", "shape") and rng.random() < 0.25:
+        thing = things[0]
+        return Question(kind, f"what {kind} is the object at {thing.position}?", getattr(thing, kind))
+    if not named:
+        return None
+    thing = named[0]
+    name = getattr(thing, noun) if noun else f"{thing.color} {thing.shape}"
+    return Question(kind, template.format(name), getattr(thing, kind))
+
+
+def _ask_existence(things: list[Thing], rng: np.random.Generator) -> Question:
+    thing, present = things[0], {(t.color, t.shape) for t in things}
+    color, shape = thing.color, thing.shape
+    truth = bool(rng.integers(2))
+    while not truth and (color, shape) in present:  # half of the absent objects share a colour or a shape with one here
+        near = int(rng.integers(4))
+        color = thing.color if near == 0 else tuple(COLORS)[int(rng.integers(len(COLORS)))]
+        shape = thing.shape if near == 1 else SHAPES[int(rng.integers(len(SHAPES)))]
+    noun = f"{color} {shape}".strip()
+    article = "an" if noun.startswith("orange") else "a"
+    return Question("existence", f"is there {article} {noun}?", "yes" if truth else "no")
+
+
+def _ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    if len(things) < 2:
+        return None
+    first, second = things[:2]
+    relations = _relations(first, second)
+    axis, answer = relations[int(rng.integers(len(relations)))]
+    names = f"the {first.color} {first.shape}", f"the {second.color} {second.shape}"
+    choice = "to the left or to the right of" if axis == "x" else "above or below"
+    return Question("relation", f"is {names[0]} {choice} {names[1]}?", answer)
+
+
+def question_set(seed: int, split: str, count: int) -> Iterator[tuple[int, Scene, Question]]:
+    """`count` questions, the types in turn, each with the index of its scene (several may share one scene)."""
+    index, asked = 0, 0
+    while asked < count:
+        scene = make_scene(seed, split, index)
+        rng = generator(seed, split, index, 2)
+        for _ in range(2):
+            kind = QUESTION_TYPES[asked % len(QUESTION_TYPES)]
+            question = ask(scene, kind, rng)
+            if question is None or asked == count:
+                break
+            yield index, scene, question
+            asked += 1
+        index += 1
+
+
+def parse_caption(text: str) -> list[tuple[str, str, str, str]]:
+    """Reads "a small red circle at top left ..." phrases back: (size, colour, shape, position), "" where unsaid.
+
+    Each shape word ends a phrase; the size and colour words since the last phrase belong to it, and a position that
+    follows it before the next object's first word does too. Other words are passed over.
+    """
+    words = text.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
+    found: list[list[str]] = []
+    size = color = ""
+    for k, word in enumerate(words):
+        if word in RADII:
+            size = word
+        elif word in COLORS:
+            color = word
+        elif word in SHAPES:
+            found.append([size, color, word, ""])
+            size = color = ""
+        elif word in ("top", "bottom") and found and k + 1 < len(words) and words[k + 1] in ("left", "right"):
+            found[-1][3] = found[-1][3] or f"{word} {words[k + 1]}"
+    return [tuple(f) for f in found]

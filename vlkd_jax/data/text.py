@@ -1,0 +1,149 @@
+"""Text in and out of token ids: the two tokenizers, prompts with a mask, and BART's text infilling.
+
+Text from users and data sets can never become a special token: it is tokenised with special tokens split into plain
+characters, and `<s>`, `</s>` and `<mask>` are added as ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vlkd_jax.errors import UserError
+
+
+class BartText:
+    """The student's byte-level BPE, read from a Hugging Face directory (tokenizer.json, or vocab.json and merges.txt).
+
+    Raises:
+      UserError: no tokenizer there, or one that lacks a token BART needs.
+    """
+
+    def __init__(self, directory: str | Path):
+        from transformers import BartTokenizer
+
+        self._tokenizer = _load(BartTokenizer, directory)
+        names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "mask": "<mask>"}
+        ids = {k: self._tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+        missing = [names[k] for k, v in ids.items() if v is None or self._tokenizer.convert_ids_to_tokens(v) != names[k]]
+        if missing:
+            raise UserError(f"{directory}: the tokenizer has no {', '.join(missing)}; point bart at a BART directory")
+        self.bos, self.pad, self.eos, self.mask = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
+        self.vocab_size = len(self._tokenizer)
+        self._backend = _plain_text_backend(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without `<s>` and `</s>`."""
+        return self._backend.encode(_printable(text), add_special_tokens=False).ids
+
+    def wrap(self, ids: list[int]) -> list[int]:
+        """`<s>` ids `</s>`."""
+        return [self.bos, *ids, self.eos]
+
+    def encode_template(self, template: str, **fields: str) -> list[int]:
+        """Ids of a prompt template in which a literal `<mask>` is the mask token and `{name}` is filled as plain text.
+
+        The mask takes the space before it with it, as in BART: "A, <mask> B" is "A,", mask, " B".
+        """
+        ids: list[int] = []
+        for k, part in enumerate(template.split("<mask>")):
+            ids += [self.mask] * (k > 0)
+            last = k == template.count("<mask>")
+            filled = (part if last else part.rstrip(" ")).format(**fields)
+            ids += self.encode(filled) if filled else []
+        return ids
+
+    def decode(self, ids) -> str:
+        """Text of the ids; special tokens are dropped."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+class ClipText:
+    """The teacher's BPE, read from a Hugging Face directory.
+
+    Raises:
+      UserError: no tokenizer there.
+    """
+
+    def __init__(self, directory: str | Path):
+        from transformers import CLIPTokenizer
+
+        self._tokenizer = _load(CLIPTokenizer, directory)
+        self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        pad = self._tokenizer.pad_token_id
+        self.pad = self.eos if pad is None else pad
+        self.vocab_size = len(self._tokenizer)
+        self._backend = _plain_text_backend(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """`<|startoftext|>` text `<|endoftext|>`."""
+        return [self.bos, *self._backend.encode(_printable(text), add_special_tokens=False).ids, self.eos]
+
+
+def _printable(text: str) -> str:
+    """The text with "?" for lone surrogates, which JSON can hold and the tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _load(kind: type, directory: str | Path):
+    directory = Path(directory)
+    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise UserError(f"{directory}: no tokenizer here; it needs tokenizer.json, or vocab.json and merges.txt")
+    try:
+        return kind.from_pretrained(str(directory), local_files_only=True)
+    except Exception as e:  # the tokenizers library raises bare Exception for a file it cannot parse
+        raise UserError(f"{directory}: the tokenizer cannot be read ({e}); copy its files again") from e
+
+
+def _plain_text_backend(tokenizer):
+    """The fast tokenizer beneath, set to read special tokens in a text as plain characters."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    return backend
+
+
+def pad(sequences: list[list[int]], length: int, value: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads lists of ids. Returns int32 [B, length] and its bool mask.
+
+    Raises:
+      ValueError: a sequence is longer than `length`.
+    """
+    ids = np.full((len(sequences), length), value, np.int32)
+    mask = np.zeros((len(sequences), length), bool)
+    for row, sequence in enumerate(sequences):
+        if len(sequence) > length:
+            raise ValueError(f"{len(sequence)} tokens do not fit in {length}")
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = True
+    return ids, mask
+
+
+def infill(
+    ids: list[int], rng: np.random.Generator, mask_id: int, ratio: float, poisson: float, mask_all: float
+) -> list[int]:
+    """BART's text infilling (Lewis et al. 2020, section 2.2), per text, without `<s>` and `</s>`.
+
+    Spans with lengths from Poisson(`poisson`) are drawn until they cover `ratio` of the tokens (rounded at random so that
+    the mean is exact; the last span is cut to fit); each becomes one mask; a span of length zero inserts one. Spans are
+    placed uniformly and never overlap. With probability `mask_all` the whole text becomes one mask.
+    """
+    if rng.random() < mask_all:
+        return [mask_id]
+    budget = int(np.floor(len(ids) * ratio + rng.random()))
+    lengths: list[int] = []
+    while budget > 0:
+        lengths.append(min(int(rng.poisson(poisson)), budget))
+        budget -= lengths[-1]
+    slots = np.zeros(len(ids) - sum(lengths) + len(lengths), bool)
+    slots[rng.choice(len(slots), size=len(lengths), replace=False)] = True
+    out, position, spans = [], 0, iter(rng.permutation(lengths).tolist())
+    for is_span in slots:
+        if is_span:
+            out.append(mask_id)
+            position += next(spans)
+        else:
+            out.append(ids[position])
+            position += 1
+    return out

@@ -1,0 +1,172 @@
+"""The whole job on the built-in world, on one CPU: `python -m vlkd_jax.demo --workdir=DIR --seed=N`.
+
+Takes the two Hugging Face directories in assets/shapes, evaluates the student as it starts, distils, evaluates again,
+and writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from vlkd_jax import entry
+from vlkd_jax.distill import make_objective
+from vlkd_jax.errors import UserError
+from vlkd_jax.evals.report import write_report
+from vlkd_jax.evals.shapes_suite import ShapesSuite
+from vlkd_jax.evaluate import circumstances, write_predictions
+from vlkd_jax.metrics import say
+from vlkd_jax.predict import Predictor
+from vlkd_jax.train import train
+from vlkd_jax.workdir import write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Stages:
+    """Seconds of each stage, told as they begin."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._name, self._since = "", time.monotonic()
+
+    def begin(self, name: str, text: str) -> None:
+        """Ends the stage before and begins another; an empty name only ends."""
+        now = time.monotonic()
+        if self._name:
+            self.seconds[self._name] = round(now - self._since, 1)
+        self._name, self._since = name, now
+        if name:
+            say(f"== {text}")
+
+
+def read_config(name: str, argument: str | None = None) -> ConfigDict:
+    """A config of the configs/ folder beside the package.
+
+    Raises:
+      UserError: the package is not in a checkout of the project.
+    """
+    path = ROOT / "configs" / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; the demo runs from a checkout of the project")
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
+    """Runs every stage; returns what demo.json holds."""
+    started, stages = time.monotonic(), Stages()
+    config, suite = read_config("shapes_vlkd"), read_config("suites", "shapes").shapes
+    config.seed = suite.seed = seed
+    config.clip, config.bart = str(ROOT / config.clip), str(ROOT / config.bart)
+    stages.begin("before", f"1/4 the student before distillation, {suite.questions} held-out questions, seed {seed}")
+    objective = make_objective(config)
+    predictor = Predictor(objective, config.student.image_tokens, batch_size=128)
+    runner = ShapesSuite(suite, predictor)
+    before, _ = runner.run(objective.params)
+    stages.begin("distillation", f"2/4 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
+    state = train(config, workdir / "train")
+    stages.begin("after", "3/4 the student after distillation, with and without the image")
+    after, rows = runner.run(state.params, blind=True)
+    write_predictions(workdir / "shapes", rows)
+    stages.begin("report", "4/4 report")
+    result = _summary(before, after, runner.majority()) | {"steps": int(state.step), **circumstances(seed)}
+    write_report(workdir / "report", result, rows, workdir / "train" / "metrics.jsonl", suite)
+    stages.begin("", "")
+    result |= {
+        "stage_seconds": stages.seconds,
+        "setup_seconds": setup_seconds,
+        "run_seconds": round(time.monotonic() - started, 1),
+    }
+    write_atomic(workdir / "demo.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str, Any]:
+    """The figures of demo.json, fractions between 0 and 1, each with its 95% interval where there is one."""
+    by_type = {
+        kind: {
+            "before": before["vqa"]["by_type"][kind]["accuracy"],
+            "after": figures["accuracy"],
+            "after_interval": figures["interval"],
+            "blind": after["vqa_blind"]["by_type"][kind]["accuracy"],
+            "majority": majority[kind],
+            "n": figures["n"],
+        }
+        for kind, figures in after["vqa"]["by_type"].items()
+    }
+    return {
+        "n": after["vqa"]["n"],
+        "vqa": {
+            "before": before["vqa"]["overall"],
+            "after": after["vqa"]["overall"],
+            "after_interval": after["vqa"]["overall_interval"],
+            "blind": after["vqa_blind"]["overall"],
+            "majority": majority["overall"],
+            "by_type": by_type,
+        },
+        "caption": {
+            name: {
+                "before": before["caption"][name],
+                "after": after["caption"][name],
+                "after_interval": after["caption"][f"{name}_interval"],
+            }
+            for name in ("attribute_f1", "exact_match")
+        }
+        | {"n": after["caption"]["n"], "distinct": after["caption"]["distinct"]},
+        "text_qa": {
+            "before": before["text_qa"]["overall"],
+            "after": after["text_qa"]["overall"],
+            "after_interval": after["text_qa"]["overall_interval"],
+            "n": after["text_qa"]["n"],
+        },
+        "retrieval": {**after["retrieval"], "before": before["retrieval"]["r_at_1"]},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text, per cent."""
+    vqa, caption, text_qa, retrieval = (result[k] for k in ("vqa", "caption", "text_qa", "retrieval"))
+    rows = [("", "before", "after", "blind", "majority", "n")]
+    rows.append(("zero-shot VQA", vqa["before"], vqa["after"], vqa["blind"], vqa["majority"], result["n"]))
+    rows += [
+        (f"  {kind}", f["before"], f["after"], f["blind"], f["majority"], f["n"]) for kind, f in vqa["by_type"].items()
+    ]
+    for name in ("attribute_f1", "exact_match"):
+        rows.append((f"caption {name}", caption[name]["before"], caption[name]["after"], "", "", caption["n"]))
+    rows.append(("text-only QA", text_qa["before"], text_qa["after"], "", "", text_qa["n"]))
+    rows.append(("retrieval R@1", retrieval["before"], retrieval["r_at_1"], "", "", retrieval["n"]))
+    rows.append(("  CLIP's own text tower", "", retrieval["clip_r_at_1"], "", "", retrieval["n"]))
+
+    def cell(value) -> str:
+        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+    return "\n".join(f"{row[0]:<24}" + "".join(f"{cell(value):>10}" for value in row[1:]) for row in rows)
+
+
+def define_flags() -> None:
+    """The flags of this entry point."""
+    flags.DEFINE_string("workdir", None, "directory that receives everything")
+    flags.DEFINE_integer("seed", 0, "of training and of the held-out questions", lower_bound=0)
+    flags.DEFINE_float("setup_seconds", 0.0, "how long the set-up took, for demo.json")
+
+
+def main() -> None:
+    """Entry point."""
+    workdir = Path(flags.FLAGS.workdir)
+    result = run_demo(workdir, flags.FLAGS.seed, flags.FLAGS.setup_seconds)
+    say(table(result))
+    say(f"set-up {result['setup_seconds']:.0f} s, run {result['run_seconds']:.0f} s")
+    say(f"figures: {workdir / 'demo.json'}\nreport:  {workdir / 'report' / 'index.html'}")
+
+
+if __name__ == "__main__":
+    entry.run(main, define_flags, required=("workdir",))

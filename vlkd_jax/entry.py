@@ -1,0 +1,81 @@
+"""What every entry point shares: flags read, one line for a user's mistake, documented exit codes.
+
+Exit codes: 0 done, 1 a fault of the program (traceback), 2 a mistake in what the user gave, 3 training diverged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags, logging
+
+from vlkd_jax.errors import UserError
+
+
+class Diverged(UserError):
+    """Too many updates in a row were not finite."""
+
+
+def run(
+    main: Callable[[], None],
+    define_flags: Callable[[], None],
+    required: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Defines and parses the flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
+
+    Flags are defined here and not on import, so that entry points can import one another.
+    """
+    logging.set_verbosity(logging.WARNING)
+    define_flags()
+    try:
+        parse(argv if argv is not None else sys.argv, required)
+        main()
+    except UserError as e:
+        _leave(str(e), 3 if isinstance(e, Diverged) else 2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave(f"{e.filename or 'a file of this run'}: no space left to write it; free some space and start again", 2)
+
+
+def _leave(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    os._exit(code) if "jax" in sys.modules and _has_threads() else sys.exit(code)
+
+
+def _has_threads() -> bool:
+    import threading
+
+    return any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate())
+
+
+def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
+    """Parses absl flags.
+
+    Raises:
+      UserError: an unknown flag or config key (with the nearest name), a wrong value, a missing flag.
+    """
+    try:
+        rest = flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError) as e:
+        raise UserError(_explain(str(e))) from e
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    missing = [name for name in required if flags.FLAGS[name].value is None]
+    if missing:
+        raise UserError(f"missing --{missing[0]}=...; see --help")
+
+
+def _explain(message: str) -> str:
+    unknown = re.search(r"Unknown command line flag '(config\.[\w.]+)'", message)
+    if unknown:
+        known = [name for name in flags.FLAGS if name.startswith("config.")]
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        return f"unknown config key --{unknown[1]}" + (f"; did you mean --{near[0]}?" if near else "")
+    return message.replace("\n", " ")

@@ -1,0 +1,80 @@
+"""Figures during training, on held-out pairs and texts only: losses, and what became of the text abilities.
+
+No question about an image is asked here, so nothing that stops or steers a run can look at one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from vlkd_jax.data.streams import held_out
+from vlkd_jax.distill import Objective
+from vlkd_jax.errors import UserError
+from vlkd_jax.evals.retention import answer_texts, mean_terms, text_questions, without_dropout
+from vlkd_jax.evals.vqa import exact_match
+from vlkd_jax.predict import Predictor
+from vlkd_jax.types import Params
+
+
+class HeldOut:
+    """Evaluates parameters on the same held-out data each time.
+
+    Keys of a result: `held_out/<term>` for each loss term on held-out pairs; for a student or a BART also
+    `retention/denoise_loss`, `retention/token_accuracy` on held-out texts and, on the built-in world,
+    `retention/text_qa`, the share of text-only questions answered right.
+    """
+
+    def __init__(self, config: ConfigDict, objective: Objective):
+        self.objective = objective
+        self.pairs = held_out(config, objective)
+        self.terms = without_dropout(objective.terms)
+        self.predictor = None
+        if "bart" not in objective.configs:
+            return
+        self.predictor = Predictor(objective, batch_size=min(config.batch_size, 64))
+        self.text_terms = without_dropout(objective.text_terms)
+        self.texts = held_out(config, objective, texts=True)
+        on_shapes = config.data.source in ("shapes", "shapes_texts")
+        self.questions = text_questions(0, "validation", config.eval.questions if on_shapes else 0)
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Every figure for these parameters."""
+        frozen = self.objective.frozen
+        found = {f"held_out/{k}": v for k, v in mean_terms(self.terms, params, frozen, self.pairs).items()}
+        if self.predictor is None:
+            return found
+        texts = mean_terms(self.text_terms, params, frozen, self.texts)
+        found["retention/denoise_loss"] = texts["text"]
+        found["retention/token_accuracy"] = texts["token_accuracy"]
+        if self.questions:
+            answers = answer_texts(self.predictor, params, self.questions)
+            right = [exact_match(a, question.answer) for a, (_, question) in zip(answers, self.questions, strict=True)]
+            found["retention/text_qa"] = sum(right) / len(right)
+        return found
+
+
+@dataclasses.dataclass
+class EarlyStop:
+    """Says stop when a retention figure has fallen too far below its value at the start.
+
+    Attributes:
+      metric: key of `HeldOut`'s result; empty: never stops.
+      max_drop: by how much it may fall.
+      start: its value at step 0.
+    """
+
+    metric: str
+    max_drop: float
+    start: float | None = None
+
+    def __call__(self, figures: dict[str, float]) -> bool:
+        if not self.metric:
+            return False
+        if self.metric not in figures:
+            known = ", ".join(figures)
+            raise UserError(f"config.early_stop.metric is {self.metric!r}; this run measures {known}")
+        value = figures[self.metric]
+        self.start = value if self.start is None else self.start
+        return value < self.start - self.max_drop

@@ -1,0 +1,368 @@
+"""One static page about a run on the built-in world: what happened, figures, curves and examples.
+
+Everything is inlined, so the file can be mailed: no script, no network. What models said is untrusted text and escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlkd_jax.data import shapes
+from vlkd_jax.evals import plots
+from vlkd_jax.evals.page import PAGE, STYLE
+from vlkd_jax.evals.statistics import RESAMPLES, interval
+from vlkd_jax.workdir import write_atomic
+
+Rows = list[dict[str, Any]]
+
+CAPTION_EXAMPLES = 4
+"""Captions shown of each kind, right and wrong."""
+LOSSES = {  # loss term: (title, unit of its axis)
+    "ttdm": ("TTDM: student text to CLIP text", "squared distance"),
+    "itcl": ("ITCL: picture to its own caption", "cross-entropy (nats)"),
+    "icti": ("ICTI: infilling with the picture", "nats per token"),
+}
+RETENTION = {  # metric of HeldOut: (name, colour, marker)
+    "retention/text_qa": ("Text-only questions answered right", "#0072B2", "o"),
+    "retention/token_accuracy": ("Tokens right when filling in texts", "#D55E00", "s"),
+}
+
+
+def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: Path, suite: ConfigDict) -> Path:
+    """Writes `directory/index.html` and returns its path.
+
+    Args:
+      result: what `vlkd_jax.demo` puts in demo.json, fractions between 0 and 1. A `before_interval` beside a `before`
+        is shown where there is one; the intervals of the blind answers are computed from `rows`.
+      rows: predictions of `ShapesSuite.run(blind=True)`.
+      metrics: metrics.jsonl of the training run; a missing file or a missing kind leaves its curves out.
+      suite: `config.shapes` of configs/suites.py; pictures are drawn again from its seed and split.
+    """
+    train, held_out, unreadable = _read_metrics(metrics)
+    groups = _bar_groups(result["vqa"], _intervals(rows, "vqa_blind"), result["n"])
+    parts = {
+        "style": STYLE,
+        "story": _story(result, rows),
+        "world": _world(suite),
+        "sample": _sample(rows, suite),
+        "bars": _bars(groups),
+        "vqa_table": _vqa_table(groups),
+        "other_table": _other_table(result),
+        "resamples": f"{RESAMPLES:,}",
+        "captioned": f"{result['caption']['n']:,}",
+        "distinct": f"{round(result['caption']['distinct'] * result['caption']['n']):,}",
+        "captions": _caption_examples(rows, suite),
+        "caption_count": CAPTION_EXAMPLES,
+        "smoothing": plots.SMOOTHING,
+        "questions": _question_examples(rows, suite, list(result["vqa"]["by_type"])),
+        "losses": _loss_curves(train, held_out),
+        "retention": _retention_curves(held_out),
+        "unreadable": f"<p>{unreadable} lines of metrics.jsonl could not be read and are left out.</p>"
+        if unreadable
+        else "",
+        "circumstances": _circumstances(result, suite),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / "index.html", PAGE.substitute(parts).encode())
+    return directory / "index.html"
+
+
+def _text(value: object) -> str:
+    """Escaped; what cannot be printed, and what could turn the direction of the line around, becomes a mark."""
+    return html.escape("".join(c if c.isprintable() else "�" for c in str(value)))
+
+
+def _said(text: str) -> str:
+    return f"“{_text(text)}”" if text.strip() else "<em>nothing</em>"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _range(bounds: Iterable[float] | None) -> str:
+    return "–".join(f"{100 * b:.1f}" for b in bounds) if bounds else ""
+
+
+# What happened
+
+
+def _story(result: dict[str, Any], rows: Rows) -> str:
+    vqa, caption, text_qa = result["vqa"], result["caption"], result["text_qa"]
+    sentences = (
+        f"A small text model (BART, the student) was trained for {result['steps']:,} steps on pictures with captions, "
+        "beside a frozen image-text model (CLIP, the teacher); no question about a picture was among what it was "
+        "trained on.",
+        f"Then it was asked {result['n']:,} questions about pictures it had never seen, and it answered "
+        f"<strong>{_percent(vqa['after'])}</strong> right (95% interval {_range(vqa['after_interval'])}): "
+        f"before distillation it was {_percent(vqa['before'])}, and always giving the most frequent answer to that "
+        f"type of question scores {_percent(vqa['majority'])}.",
+        _picture_effect(rows, vqa["blind"]),
+        f"Its captions reach an attribute F1 of {_percent(caption['attribute_f1']['after'])} and are right in every "
+        f"detail for {_percent(caption['exact_match']['after'])} of the pictures. Of questions about a written "
+        f"description, which it could answer from the start, it answers {_percent(text_qa['after'])} right; before it "
+        f"was {_percent(text_qa['before'])}.",
+    )
+    return "".join(f"<p>{sentence}</p>" for sentence in sentences)
+
+
+def _world(suite: ConfigDict) -> str:
+    size, most = shapes.IMAGE_SIZE, shapes.COUNTS[-1]
+    kinds = {"shapes": shapes.SHAPES, "colors": shapes.COLORS, "sizes": shapes.RADII, "places": shapes.POSITIONS}
+    text = f"The built-in world: pictures of {size} by {size} pixels with one to {most} objects; there are "
+    text += ", ".join(f"{len(some)} {name}" for name, some in kinds.items()) + "."
+    if suite.split == "test":
+        text += " Every picture asked about holds an object whose color and shape no training picture had together."
+    return text
+
+
+def _picture_effect(rows: Rows, blind: float) -> str:
+    """What taking the picture away does to the same questions: the paired difference and its interval."""
+    unseen = {row["id"]: row["score"] for row in rows if row["task"] == "vqa_blind"}
+    pairs = [(row["score"] - unseen[row["id"]], row["image"]) for row in rows if row["task"] == "vqa"]
+    differences, images = np.array([p[0] for p in pairs]), [p[1] for p in pairs]
+    low, high = interval(differences, images)
+    points = f"{100 * differences.mean():+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
+    start = f"With the picture taken away, the same student answers {_percent(blind)} of the same questions right: "
+    if low > 0:
+        return f"{start}seeing the picture makes the difference ({points})."
+    if high < 0:
+        return f"{start}it does <strong>worse</strong> with the picture than without ({points})."
+    return f"{start}these questions show <strong>no effect of the picture</strong> ({points})."
+
+
+def _intervals(rows: Rows, task: str) -> dict[str, tuple[float, float]]:
+    """The interval of each question type's score, and of all under "overall"."""
+    chosen = [row for row in rows if row["task"] == task]
+    kinds = {kind: [row for row in chosen if row["type"] == kind] for kind in dict.fromkeys(r["type"] for r in chosen)}
+    return {
+        kind: interval(np.array([row["score"] for row in some]), [row["image"] for row in some])
+        for kind, some in {"overall": chosen, **kinds}.items()
+    }
+
+
+# Tables and bars
+
+
+def _bar_groups(vqa: dict[str, Any], blind: dict[str, tuple], n: int) -> dict[tuple[str, int], dict[str, plots.Bar]]:
+    """(label, n) -> series -> (fraction, interval)."""
+    figures = {"overall": vqa | {"n": n}, **vqa["by_type"]}
+    return {
+        ("all questions" if kind == "overall" else kind, f["n"]): {
+            "before": (f["before"], f.get("before_interval")),
+            "after": (f["after"], f["after_interval"]),
+            "blind": (f["blind"], blind[kind]),
+            "majority": (f["majority"], None),
+        }
+        for kind, f in figures.items()
+    }
+
+
+def _bars(groups: dict[tuple[str, int], dict[str, plots.Bar]]) -> str:
+    named = {("all" if k == 0 else label): group for k, ((label, _), group) in enumerate(groups.items())}
+    wide, narrow = (plots.bars(named, upright) for upright in (True, False))
+    alt = "Bar chart of answers right by question type; the table below holds the same figures."
+    return f'<picture><source media="(min-width: 720px)" srcset="{wide}"><img src="{narrow}" alt="{alt}"></picture>'
+
+
+def _cell(value: float | None, bounds: Iterable[float] | None = None) -> str:
+    if value is None:
+        return "<td>–</td>"
+    return f"<td>{_percent(value)}" + (f"<small>{_range(bounds)}</small></td>" if bounds else "</td>")
+
+
+def _vqa_table(groups: dict[tuple[str, int], dict[str, plots.Bar]]) -> str:
+    return "".join(
+        f'<tr><th scope="row">{_text(label)}<small>n = {n:,}</small></th>'
+        + "".join(_cell(*group[key]) for key in plots.SERIES)
+        + "</tr>"
+        for (label, n), group in groups.items()
+    )
+
+
+def _other_table(result: dict[str, Any]) -> str:
+    caption, text_qa, found = result["caption"], result["text_qa"], result["retrieval"]
+    retrieval = {"before": found["before"], "after": found["r_at_1"], "after_interval": found["r_at_1_interval"]}
+    lines = (
+        ("captions: attribute F1", caption["n"], caption["attribute_f1"], None),
+        ("captions: right in every detail", caption["n"], caption["exact_match"], None),
+        ("text-only questions, no picture", text_qa["n"], text_qa, None),
+        ("retrieval: the right picture first", found["n"], retrieval, found["clip_r_at_1"]),
+    )
+    return "".join(
+        f'<tr><th scope="row">{label}<small>n = {n:,}</small></th>'
+        + _cell(figure["before"], figure.get("before_interval"))
+        + f"{_cell(figure['after'], figure['after_interval'])}{_cell(teacher)}</tr>"
+        for label, n, figure, teacher in lines
+    )
+
+
+# Examples
+
+
+def _picture(suite: ConfigDict, index: int) -> str:
+    """An `<img>` of a scene, drawn again; its alternative text tells what is on it."""
+    from PIL import Image
+
+    scene = shapes.make_scene(suite.seed, suite.split, index)
+    buffer = io.BytesIO()
+    Image.fromarray(shapes.render(scene)).save(buffer, "PNG")
+    alt = "Picture: " + ", ".join(" ".join(thing.attributes) for thing in scene.things)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="scene" src="data:image/png;base64,{data}" width="144" height="144" alt="{alt}">'
+
+
+def _question(row: dict[str, Any], suite: ConfigDict) -> str:
+    """The bare question of a row's prompt."""
+    before, _, after = suite.question_decoder.partition("{question}")
+    return _text(row["prompt"].removeprefix(before).removesuffix(after))
+
+
+def _sample(rows: Rows, suite: ConfigDict) -> str:
+    """The first picture with what is asked about it, to show what the page is about."""
+    row = next(row for row in rows if row["task"] == "vqa")
+    told = f"“{_question(row, suite)}”<br>Right answer: {_said(row['answers'][0])}"
+    return f'<figure class="sample">{_picture(suite, row["image"])}<figcaption>{told}</figcaption></figure>'
+
+
+def _card(suite: ConfigDict, row: dict[str, Any], right: bool, verdict: str, lead: str, lines: dict[str, str]) -> str:
+    """One example; `verdict`, `lead` and the values of `lines` are HTML."""
+    kind, mark = ("right", "✓") if right else ("wrong", "✗")
+    told = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines.items())
+    return (
+        f'<article class="card {kind}">{_picture(suite, row["image"])}<div><p class="badge">{mark} {verdict}</p>'
+        f"<p>{lead}</p><dl>{told}</dl></div></article>"
+    )
+
+
+def _question_examples(rows: Rows, suite: ConfigDict, kinds: list[str]) -> str:
+    """Of each type the first question answered right and the first answered wrong, in the order they were asked."""
+    blind = {row["id"]: row["raw"] for row in rows if row["task"] == "vqa_blind"}
+
+    def card(row: dict[str, Any]) -> str:
+        lines = {
+            "answer": f"<strong>{_said(row['raw'])}</strong>",
+            "right answer": _said(row["answers"][0]),
+            "no picture": _said(blind[row["id"]]),
+        }
+        right = row["score"] == 1
+        return _card(suite, row, right, "right" if right else "wrong", _question(row, suite), lines)
+
+    parts = []
+    for kind in kinds:
+        asked = [row for row in rows if row["task"] == "vqa" and row["type"] == kind]
+        right, wrong = (_first(asked, lambda row, r=r: (row["score"] == 1) == r, 1) for r in (True, False))
+        count = sum(row["score"] == 1 for row in asked)
+        parts.append(f"<h4>{_text(kind)} <small>{count:,} of {len(asked):,} right</small></h4>")
+        parts.append(_pair(card, right, wrong, "No question of this type was answered"))
+    return "".join(parts)
+
+
+def _caption_examples(rows: Rows, suite: ConfigDict) -> str:
+    """The first captions that are right in every detail, and the first that are not."""
+
+    def card(row: dict[str, Any]) -> str:
+        right = row["score"] == 1
+        lead, lines = _said(f"{row['prompt']} {row['raw']}"), {"really": _text(row["answers"][0])}
+        verdict = "right in every detail" if right else f"wrong in places: attribute F1 {_percent(row['score'])}"
+        return _card(suite, row, right, verdict, f"<strong>{lead}</strong>", lines)
+
+    made = [row for row in rows if row["task"] == "caption"]
+    right, wrong = (_first(made, lambda row, r=r: (row["score"] == 1) == r, CAPTION_EXAMPLES) for r in (True, False))
+    return _pair(card, right, wrong, "No caption was")
+
+
+def _first(rows: Rows, fits: Callable[[dict[str, Any]], bool], count: int) -> Rows:
+    return [row for row in rows if fits(row)][:count]
+
+
+def _pair(card: Callable[[dict[str, Any]], str], right: Rows, wrong: Rows, none: str) -> str:
+    columns = (
+        "".join(map(card, some)) or f'<p class="none">{none} {name}.</p>'
+        for name, some in (("right", right), ("wrong", wrong))
+    )
+    return '<div class="pair">' + "".join(f"<div>{column}</div>" for column in columns) + "</div>"
+
+
+# Curves
+
+
+def _read_metrics(path: Path) -> tuple[dict[int, dict], dict[int, dict], int]:
+    """(training lines by step, held-out lines by step, unreadable lines); the later line of a step counts."""
+    found: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            values = json.loads(line)
+            found[values["kind"]][int(values["step"])] = values
+        except (ValueError, KeyError, TypeError):  # a run that was killed may leave half a line
+            unreadable += 1
+    return *(dict(sorted(lines.items())) for lines in found.values()), unreadable
+
+
+def _points(lines: dict[int, dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, without those that are not finite."""
+    points = [(step, float(values[name])) for step, values in lines.items() if name in values]
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _ends(name: str, steps: list[int], values: list[float], unit: str = "") -> str:
+    return f"{name}: {values[0]:.3g}{unit} at step {steps[0]}, {values[-1]:.3g}{unit} at step {steps[-1]}"
+
+
+def _loss_curves(train: dict[int, dict], held_out: dict[int, dict]) -> str:
+    panels = []
+    for term, (title, unit) in LOSSES.items():
+        trained, kept = _points(train, term), _points(held_out, f"held_out/{term}")
+        curves = [plots.Curve("training", *trained, "#0072B2", noisy=True)] if trained[0] else []
+        curves += [plots.Curve("held-out pairs", *kept, "#D55E00", marker="s")] if kept[0] else []
+        if curves:
+            alt = f"Curves of {title}: " + "; ".join(_ends(c.name, c.steps, c.values) for c in curves)
+            panels.append(f'<img src="{plots.panel(title, unit, curves)}" alt="{alt}">')
+    return f'<div class="panels">{"".join(panels)}</div>' if panels else '<p class="none">No losses were recorded.</p>'
+
+
+def _retention_curves(held_out: dict[int, dict]) -> str:
+    curves = []
+    for metric, (name, color, marker) in RETENTION.items():
+        steps, values = _points(held_out, metric)
+        if steps:
+            curves.append(plots.Curve(name, steps, [100 * v for v in values], color, marker=marker))
+    if not curves:
+        return '<p class="none">No held-out figures were recorded during training.</p>'
+    ends = [_ends(c.name, c.steps, c.values, unit="%") for c in curves]
+    picture = plots.panel("Text abilities during training", "right (%)", curves, top=105)
+    image = f'<img src="{picture}" alt="Curves: {"; ".join(ends)}">'
+    told = "".join(f"<p>{line}.</p>" for line in ends)
+    return f'<figure class="beside">{image}<figcaption>{told}</figcaption></figure>'
+
+
+# How it was made
+
+
+def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
+    pictures = {index for index, _, _ in shapes.question_set(suite.seed, suite.split, suite.questions)}
+    lines = {
+        "date": result["date"],
+        "seed": result["seed"],
+        "training": f"{result['steps']:,} steps",
+        "questions": f"{result['n']:,} about {len(pictures):,} pictures, split “{suite.split}”",
+        "captions": f"{result['caption']['n']:,}",
+        "text-only questions": f"{result['text_qa']['n']:,}",
+        "retrieval": f"{result['retrieval']['n']:,} pictures",
+        "devices": ", ".join(result["devices"]) + f" ({result['machine']})",
+        "versions": f"Python {result['python']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
+        "the same again": f"python -m vlkd_jax.demo --workdir=DIR --seed={result['seed']}",
+    }
+    return "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in lines.items())

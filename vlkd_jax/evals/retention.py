@@ -1,0 +1,57 @@
+"""What became of the student's text abilities: denoising of held-out texts, and questions answered from a description.
+
+No image is involved. The same functions run during training, before and after distillation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+
+from vlkd_jax.data import shapes
+from vlkd_jax.predict import Predictor
+from vlkd_jax.types import Batch, Params
+
+PROMPT = "question: {question} answer:"
+"""Forced on the decoder; the encoder reads it followed by `<mask>` (after the description, for text-only questions)."""
+
+
+def mean_terms(terms: Callable, params: Params, frozen, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means of loss terms over batches, without dropout: sums and counts are added up before they are divided."""
+    totals: dict[str, list[float]] = {}
+    for batch in batches:
+        for name, (value, count) in terms(params, frozen, batch).items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += float(value)
+            total[1] += float(count)
+    return {name: value / count for name, (value, count) in totals.items()}
+
+
+def without_dropout(terms: Callable) -> Callable:
+    """A jitted (params, frozen, batch) -> terms of an objective's `terms`, dropout off."""
+    return jax.jit(functools.partial(_deterministic, terms))
+
+
+def _deterministic(terms: Callable, params: Params, frozen, batch: Batch):
+    return terms(params, frozen, batch, None)
+
+
+def text_questions(seed: int, split: str, count: int) -> list[tuple[str, shapes.Question]]:
+    """(full description, question) pairs of the built-in world, the types in turn; nothing is drawn."""
+    return [
+        (shapes.caption(scene, shapes.generator(seed, split, index, 5), complete=1.0), question)
+        for index, scene, question in shapes.question_set(seed, split, count)
+    ]
+
+
+def answer_texts(predictor: Predictor, params: Params, questions, max_new_tokens: int = 10) -> list[str]:
+    """The answers of the text-only student: it reads description, question and `<mask>`, and no image."""
+    text = predictor.text
+    sources, prefixes = [], []
+    for description, question in questions:
+        prompt = PROMPT.format(question=question.question)
+        sources.append(text.encode(f"{description} {prompt}") + [text.mask])
+        prefixes.append(text.encode(prompt))
+    return predictor.generate(params, sources, prefixes, max_new_tokens)

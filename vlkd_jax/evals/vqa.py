@@ -1,0 +1,68 @@
+"""Scores of short answers: exact match for the built-in world, and VQA accuracy for human answers.
+
+Source of the rule: Antol et al. 2015 and Goyal et al. 2017 with their public evaluation script, reimplemented.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
+_DIGITS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+_CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# A word that lacks one of its apostrophes gets it back; the official table takes it from "somebody'd". Its entries with a
+# capital I are left out: it is looked up after lower-casing, so they never match.
+_CONTRACTIONS = {
+    word[:k] + word[k + 1 :]: word for word in _CONTRACTED.split() for k, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
+_COMMA = re.compile(r"(\d)(\,)(\d)")
+_PERIODS_AT_MOST = int(re.UNICODE)  # the official script passes this flag where re.sub takes a count
+
+
+def plain(text: str) -> str:
+    """Lower case, punctuation and articles dropped, spaces single: for exact match on the built-in world."""
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(w for w in words if w not in _ARTICLES)
+
+
+def exact_match(answer: str, truth: str) -> bool:
+    """Whether two answers are the same after `plain`."""
+    return plain(answer) == plain(truth)
+
+
+def normalise(answer: str) -> str:
+    """The official script's processing: punctuation, number words, articles, contractions."""
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    joined = _COMMA.search(text) is not None
+    out = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_space or joined else " ")
+    out = _PERIOD.sub("", out, count=_PERIODS_AT_MOST)
+    words = (_DIGITS.get(word, word) for word in out.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """VQA accuracy in [0, 1]: the mean over each human left out of min(matches among the others / 3, 1).
+
+    Answers are normalised only when the humans differ, as the official script does.
+    """
+    answers = [a.replace("\n", " ").replace("\t", " ").strip() for a in human_answers]
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    if len(set(answers)) > 1:
+        answers, answer = [normalise(a) for a in answers], normalise(answer)
+    total = answers.count(answer)
+    return sum(min((total - (human == answer)) / 3, 1) for human in answers) / len(answers)

@@ -1,0 +1,252 @@
+"""Read CLIP and BART directories in Hugging Face format: every tensor used, none missing, all shapes right."""
+
+import json
+import pathlib
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf import names
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# Tensors Hugging Face files carry beside the parameters.
+BART_VERSIONS = ("model.encoder.version", "model.decoder.version")
+BART_TIED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+BART_EMBEDDING = "model.shared.weight"
+CLIP_POSITION_IDS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+
+
+def load_clip(directory: str | pathlib.Path) -> tuple[ClipConfig, dict]:
+    """Config and parameters (nested dict of float32 numpy arrays) of a `CLIPModel` directory.
+
+    Raises UserError when the directory, its config.json or its weights cannot be used; unused, missing and mis-shaped
+    tensors are all named in one message.
+    """
+    directory = _directory(directory)
+    config = ClipConfig.from_hf(_read_json(directory / CONFIG), str(directory / CONFIG))
+    tensors = _Tensors(directory)
+    complaints = []
+    for name in CLIP_POSITION_IDS:
+        if name in tensors and not _counts_up(tensors.take(name)):
+            complaints.append(f"{name} does not count 0, 1, 2, ...")
+    return config, _assemble(config, tensors, complaints)
+
+
+def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
+    """Config and parameters (nested dict of float32 numpy arrays) of a BART directory.
+
+    Both `BartForConditionalGeneration` and the base `BartModel` (names without "model.") are read; an absent
+    `final_logits_bias` is zero, as in Hugging Face. `forced_*` ids and `decoder_start_token_id` of
+    generation_config.json win over config.json. Raises UserError as `load_clip` does.
+    """
+    directory = _directory(directory)
+    values = _read_json(directory / CONFIG)
+    config = BartConfig.from_hf(values, str(directory / CONFIG))
+    if (directory / GENERATION).is_file():
+        generation = _read_json(directory / GENERATION)
+        pins = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
+        chosen = {name: generation[name] for name in pins if generation.get(name) is not None}
+        config = BartConfig.from_hf({**values, **chosen}, str(directory / GENERATION))
+    tensors = _Tensors(directory, _with_model_prefix)
+    for name in BART_VERSIONS:
+        tensors.discard(name)
+    copies = [name for name in BART_TIED if name in tensors]
+    if BART_EMBEDDING not in tensors and copies:
+        tensors.rename(copies.pop(0), BART_EMBEDDING)
+    complaints = []
+    if copies and BART_EMBEDDING in tensors:
+        shared = tensors.peek(BART_EMBEDDING)
+        for name in copies:
+            if not np.array_equal(tensors.take(name), shared):
+                complaints.append(f"{name} differs from {BART_EMBEDDING}, which must be the same table")
+    return config, _assemble(config, tensors, complaints, {"final_logits_bias": np.float32(0)})
+
+
+def _with_model_prefix(name: str) -> str:
+    return f"model.{name}" if name.startswith(("shared.", "encoder.", "decoder.")) else name
+
+
+def _counts_up(ids: np.ndarray) -> bool:
+    return np.array_equal(ids.reshape(-1), np.arange(ids.size))
+
+
+def _directory(directory: str | pathlib.Path) -> pathlib.Path:
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not a directory; give one in Hugging Face format (config.json, {WEIGHTS})")
+    return directory
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a directory in Hugging Face format (config.json, {WEIGHTS})")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); restore the original file") from error
+
+
+class _Tensors:
+    """The tensors of a directory by name, read one at a time; what is never taken is left in `files`."""
+
+    def __init__(self, directory: pathlib.Path, normalise: Callable[[str], str] = str):
+        self.directory = directory
+        self.opened: dict[str, Any] = {}
+        self.files: dict[str, tuple[str, str]] = {}  # name -> (file, name in the file)
+        for file in _weight_files(directory):
+            self.opened[file] = _open(directory / file)
+            for stored in self.opened[file].keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                name = normalise(stored)
+                if name in self.files:
+                    other = "/".join(self.files[name])
+                    raise UserError(f"{directory / file}: {stored} is the same tensor as {other}; keep one of the two")
+                self.files[name] = (file, stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype as safetensors writes it, shape), from the header alone."""
+        file, stored = self.files[name]
+        header = self.opened[file].get_slice(stored)
+        return header.get_dtype(), tuple(header.get_shape())
+
+    def peek(self, name: str) -> np.ndarray:
+        file, stored = self.files[name]
+        try:
+            return self.opened[file].get_tensor(stored)
+        except (safetensors.SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
+            # numpy knows bfloat16 through jax, but no name for the format's rarer types
+            raise UserError(f"{self.directory / file}: {stored} cannot be read ({error}); copy it again") from error
+
+    def take(self, name: str) -> np.ndarray:
+        value = self.peek(name)
+        del self.files[name]
+        return value
+
+    def discard(self, name: str):
+        self.files.pop(name, None)
+
+    def rename(self, old: str, new: str):
+        self.files[new] = self.files.pop(old)
+
+
+def _open(path: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, though {INDEX} names it; copy it again") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def _weight_files(directory: pathlib.Path) -> list[str]:
+    if (directory / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if (directory / INDEX).is_file():
+        index = _read_json(directory / INDEX)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        valid = isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())
+        if not valid or not shards:
+            raise UserError(f"{directory / INDEX}: weight_map must map tensor names to files; restore the original")
+        files = sorted(set(shards.values()))
+        for file in files:
+            if pathlib.PurePath(file).name != file:
+                raise UserError(f"{directory / INDEX}: weight_map names {file!r}; shards must lie beside the index")
+        return files
+    raise UserError(_no_weights(directory))
+
+
+def _no_weights(directory: pathlib.Path) -> str:
+    """Why there is nothing to read, with the command that converts what is there."""
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        files = sorted(path.name for path in directory.glob(pattern) if path.name not in TRAINER_FILES)
+        if files:
+            script = (
+                "import torch; from safetensors.torch import save_file; "
+                f"paths = {[str(directory / file) for file in files]!r}; "
+                "tensors = {k: v.clone().contiguous() for p in paths "
+                "for k, v in torch.load(p, map_location='cpu', weights_only=True).items()}; "
+                f"save_file(tensors, {str(directory / WEIGHTS)!r}, metadata={{'format': 'pt'}})"
+            )
+            return (
+                f"{directory / files[0]}: pickled weights are not read; convert them once with: "
+                f"python -c {shlex.quote(script)}"
+            )
+    for file in ("flax_model.msgpack", "tf_model.h5"):
+        if (directory / file).is_file():
+            origin = "from_flax" if file.endswith("msgpack") else "from_tf"
+            script = (
+                "import json, transformers as t; "
+                f"path = {str(directory)!r}; "
+                "name = json.load(open(path + '/config.json'))['architectures'][0]; "
+                f"getattr(t, name).from_pretrained(path, {origin}=True).save_pretrained(path)"
+            )
+            return (
+                f"{directory / file}: only {WEIGHTS} is read; convert it once with transformers 4: "
+                f"python -c {shlex.quote(script)}"
+            )
+    return f"{directory}: no {WEIGHTS} and no {INDEX}; copy the weights there"
+
+
+def _fill(row: names.Row, shape: tuple[int, ...], tensors: _Tensors, defaults: dict) -> np.ndarray:
+    """One Flax parameter, allocated once and filled tensor by tensor, so that the peak stays near one model."""
+    value = np.empty(shape, np.float32)
+    targets = [value] if row.layers is None else value
+    change = names.TRANSFORMS[row.transform][0]
+    for layer, name in enumerate(row.names()):
+        if name in tensors:
+            targets[layer][...] = change(tensors.take(name)).astype(np.float32, copy=False)
+        else:
+            targets[layer][...] = defaults[name]
+    return value
+
+
+def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator[str]:
+    """Missing, mis-shaped and unused tensors, one phrase each."""
+    wanted = {}
+    for row in names.rows_for(config):
+        shape = names.hf_shape(row, names.leaf(shapes, row.path).shape)
+        wanted |= dict.fromkeys(row.names(), shape)
+    missing = sorted(name for name in wanted if name not in tensors and name not in optional)
+    unused = sorted(name for name in tensors.files if name not in wanted)
+    if missing:
+        yield "missing: " + ", ".join(missing)
+    if unused:
+        yield "unused: " + ", ".join(tensors.files[name][1] for name in unused)
+    for name, shape in wanted.items():
+        if name in tensors:
+            dtype, found = tensors.header(name)
+            if found != shape:
+                yield f"{name} is {list(found)}, {CONFIG} asks for {list(shape)}"
+            elif dtype not in FLOATS:
+                yield f"{name} holds {dtype}, not floating-point numbers"
+
+
+def _assemble(config, tensors: _Tensors, complaints: list[str], defaults: dict | None = None) -> dict:
+    """The nested parameter dict, or one UserError with every complaint."""
+    defaults = defaults or {}
+    shapes = names.parameter_shapes(config)
+    complaints = [*complaints, *_faults(config, shapes, tensors, defaults)]
+    if complaints:
+        raise UserError(
+            f"{tensors.directory}: the weights do not fit {CONFIG}: {'; '.join(complaints)}. "
+            "Use the config.json these weights were saved with"
+        )
+    params: dict = {}
+    for row in names.rows_for(config):
+        node = params
+        for name in row.path[:-1]:
+            node = node.setdefault(name, {})
+        node[row.path[-1]] = _fill(row, names.leaf(shapes, row.path).shape, tensors, defaults)
+    return params

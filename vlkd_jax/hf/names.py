@@ -1,0 +1,160 @@
+"""The one table between Hugging Face tensor names and Flax parameter paths, read in both directions."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.clip import Clip
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+
+Path = tuple[str, ...]
+
+
+def _patches_to_flax(weight: np.ndarray) -> np.ndarray:
+    """A convolution [D, 3, P, P] as a matrix over flattened [P, P, 3] patches: [P * P * 3, D]."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+
+
+def _patches_to_hf(kernel: np.ndarray) -> np.ndarray:
+    patch = math.isqrt(kernel.shape[0] // 3)
+    return kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
+
+
+TRANSFORMS = {  # name: (to Flax, to Hugging Face)
+    "same": (lambda x: x, lambda x: x),
+    "transpose": (lambda x: x.T, lambda x: x.T),
+    "patches": (_patches_to_flax, _patches_to_hf),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter: Hugging Face's name, `{}` standing for the layer, the Flax path, and the change of layout.
+
+    `layers` is None for a single tensor, else the number of tensors stacked on the Flax parameter's first axis.
+    """
+
+    hf: str
+    path: Path
+    transform: str = "same"
+    layers: int | None = None
+
+    def names(self) -> list[str]:
+        """Every Hugging Face name of this row, in layer order."""
+        return [self.hf] if self.layers is None else [self.hf.format(layer) for layer in range(self.layers)]
+
+
+def _linear(hf: str, path: Path, layers: int | None = None, bias: bool = True) -> list[Row]:
+    rows = [Row(f"{hf}.weight", (*path, "kernel"), "transpose", layers)]
+    return rows + ([Row(f"{hf}.bias", (*path, "bias"), "same", layers)] if bias else [])
+
+
+def _norm(hf: str, path: Path, layers: int | None = None) -> list[Row]:
+    return [
+        Row(f"{hf}.weight", (*path, "scale"), "same", layers),
+        Row(f"{hf}.bias", (*path, "bias"), "same", layers),
+    ]
+
+
+def _embedding(hf: str, path: Path) -> list[Row]:
+    return [Row(f"{hf}.weight", (*path, "embedding"))]
+
+
+def _layers(hf: str, path: Path, layers: int, attentions: list[str], linears: list[str], norms: list[str]) -> list[Row]:
+    """The rows of a stack of layers, whose sub-module names are the same on both sides."""
+    rows = []
+    linears = [f"{attention}.{part}_proj" for attention in attentions for part in ("q", "k", "v", "out")] + linears
+    for name in linears:
+        rows += _linear(f"{hf}.{{}}.{name}", (*path, *name.split(".")), layers)
+    for name in norms:
+        rows += _norm(f"{hf}.{{}}.{name}", (*path, name), layers)
+    return rows
+
+
+def clip_rows(config: ClipConfig) -> list[Row]:
+    """Every parameter of `CLIPModel`."""
+    vision, text = "vision_model", "text_model"
+    parts = {"attentions": ["self_attn"], "linears": ["mlp.fc1", "mlp.fc2"], "norms": ["layer_norm1", "layer_norm2"]}
+    return [
+        Row("logit_scale", ("logit_scale",)),
+        *_linear("visual_projection", ("visual_projection",), bias=False),
+        *_linear("text_projection", ("text_projection",), bias=False),
+        Row(f"{vision}.embeddings.class_embedding", (vision, "class_embedding")),
+        Row(f"{vision}.embeddings.patch_embedding.weight", (vision, "patch_embedding", "kernel"), "patches"),
+        *_embedding(f"{vision}.embeddings.position_embedding", (vision, "position_embedding")),
+        *_norm(f"{vision}.pre_layrnorm", (vision, "pre_layrnorm")),
+        *_layers(f"{vision}.encoder.layers", (vision, "layers"), config.vision.num_hidden_layers, **parts),
+        *_norm(f"{vision}.post_layernorm", (vision, "post_layernorm")),
+        *_embedding(f"{text}.embeddings.token_embedding", (text, "token_embedding")),
+        *_embedding(f"{text}.embeddings.position_embedding", (text, "position_embedding")),
+        *_layers(f"{text}.encoder.layers", (text, "layers"), config.text.num_hidden_layers, **parts),
+        *_norm(f"{text}.final_layer_norm", (text, "final_layer_norm")),
+    ]
+
+
+def bart_rows(config: BartConfig) -> list[Row]:
+    """Every parameter of `BartForConditionalGeneration`."""
+    rows = [*_embedding("model.shared", ("shared",)), Row("final_logits_bias", ("final_logits_bias",))]
+    sides = {
+        "encoder": (config.encoder_layers, ["self_attn"]),
+        "decoder": (config.decoder_layers, ["self_attn", "encoder_attn"]),
+    }
+    for side, (layers, attentions) in sides.items():
+        norms = [f"{name}_layer_norm" for name in attentions] + ["final_layer_norm"]
+        rows += _embedding(f"model.{side}.embed_positions", (side, "embed_positions"))
+        rows += _norm(f"model.{side}.layernorm_embedding", (side, "layernorm_embedding"))
+        rows += _layers(f"model.{side}.layers", (side, "layers"), layers, attentions, ["fc1", "fc2"], norms)
+    return rows
+
+
+def rows_for(config: ClipConfig | BartConfig) -> list[Row]:
+    """The table for either model."""
+    return clip_rows(config) if isinstance(config, ClipConfig) else bart_rows(config)
+
+
+def parameter_shapes(config: ClipConfig | BartConfig) -> dict:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves, float32; nothing is allocated."""
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    if isinstance(config, ClipConfig):
+        pixels = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
+        model, inputs = Clip(config), (pixels, ids, mask)
+    else:
+        model, inputs = Bart(config), (ids, mask, ids)
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def leaf(tree: Any, path: Path) -> Any:
+    """The value at `path` of a nested dict; KeyError when absent."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def hf_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one Hugging Face tensor of `row`, from its Flax parameter's shape."""
+    single = shape if row.layers is None else shape[1:]
+    empty = np.broadcast_to(np.float32(0), single)
+    return TRANSFORMS[row.transform][1](empty).shape
+
+
+def to_hf(rows: list[Row], params: dict) -> dict[str, np.ndarray]:
+    """Flax parameters as {Hugging Face name: C-contiguous float32 array}. ValueError names parameters off the table."""
+    known = {row.path for row in rows}
+    found = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    if known != found:
+        wrong = ", ".join(sorted(".".join(path) for path in known ^ found))
+        raise ValueError(f"parameters absent from the tree or unknown to the name table: {wrong}")
+    tensors = {}
+    for row in rows:
+        value = np.asarray(leaf(params, row.path), np.float32)
+        singles = [value] if row.layers is None else list(value)
+        change = TRANSFORMS[row.transform][1]
+        for name, single in zip(row.names(), singles, strict=True):
+            # ascontiguousarray would turn the scalar logit_scale into shape [1]
+            tensors[name] = np.array(change(single), np.float32, order="C")
+    return tensors

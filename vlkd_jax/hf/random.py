@@ -1,0 +1,97 @@
+"""Writes random CLIP and BART directories of real or tiny size around given tokenizers, to try things without weights.
+
+`python -m vlkd_jax.hf.random --clip_tokenizer=DIR --bart_tokenizer=DIR --output=DIR [--size=base|tiny] [--seed=0]`
+writes DIR/clip (ViT-B/32 for base) and DIR/bart (BART-base for base).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from vlkd_jax import entry
+from vlkd_jax.data.text import BartText, ClipText
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.load import WEIGHTS
+from vlkd_jax.hf.save import save_bart, save_clip
+from vlkd_jax.metrics import say
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.clip import Clip
+from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+
+SIZES = ("base", "tiny")
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+
+
+def clip_config(text: ClipText, size: str) -> ClipConfig:
+    """ViT-B/32's sizes, or tiny ones, with the tokenizer's vocabulary."""
+    ids = {"bos_token_id": text.bos, "eos_token_id": text.eos, "pad_token_id": text.pad}
+    if size == "base":
+        vision = ClipVisionConfig(768, 3072, 12, 12, image_size=224, patch_size=32)
+        return ClipConfig(vision, ClipTextConfig(text.vocab_size, 512, 2048, 12, 8, **ids), 512)
+    vision = ClipVisionConfig(48, 96, 2, 4, image_size=48, patch_size=16)
+    return ClipConfig(vision, ClipTextConfig(text.vocab_size, 32, 64, 2, 4, **ids), 32)
+
+
+def bart_config(text: BartText, size: str) -> BartConfig:
+    """BART-base's sizes, or tiny ones, with the tokenizer's vocabulary and special tokens."""
+    ids = {"bos_token_id": text.bos, "pad_token_id": text.pad, "eos_token_id": text.eos}
+    ids |= {"decoder_start_token_id": text.eos, "forced_bos_token_id": text.bos, "forced_eos_token_id": text.eos}
+    if size == "base":
+        return BartConfig(text.vocab_size, 768, 6, 6, 12, 12, 3072, 3072, **ids)
+    return BartConfig(text.vocab_size, 48, 2, 2, 4, 4, 96, 96, max_position_embeddings=256, **ids)
+
+
+def write_random(clip_tokenizer: Path, bart_tokenizer: Path, output: Path, size: str, seed: int) -> None:
+    """Writes `output/clip` and `output/bart`: tokenizer files as given, configs and random weights.
+
+    Raises:
+      UserError: a tokenizer cannot be read, or a model lies there already.
+    """
+    clip_text, bart_text = ClipText(clip_tokenizer), BartText(bart_tokenizer)
+    for name, source in (("clip", clip_tokenizer), ("bart", bart_tokenizer)):
+        if (output / name / WEIGHTS).exists():
+            raise UserError(f"{output / name / WEIGHTS}: exists already; choose another --output")
+        (output / name).mkdir(parents=True, exist_ok=True)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, output / name / file)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    clip = clip_config(clip_text, size)
+    pixels = jnp.zeros((1, clip.vision.image_size, clip.vision.image_size, 3))
+    save_clip(output / "clip", clip, _draw(Clip(clip), seed, pixels, ids, ids == 0))
+    bart = bart_config(bart_text, size)
+    save_bart(output / "bart", bart, _draw(Bart(bart), seed + 1, ids, ids == 0, ids))
+
+
+def _draw(module: Any, seed: int, *inputs: jax.Array) -> Any:
+    return jax.jit(module.init)(jax.random.key(seed), *inputs)["params"]
+
+
+def define_flags() -> None:
+    """The flags of this entry point."""
+    flags.DEFINE_string("clip_tokenizer", None, "directory with CLIP's vocab.json and merges.txt, or tokenizer.json")
+    flags.DEFINE_string("bart_tokenizer", None, "directory with BART's vocab.json and merges.txt, or tokenizer.json")
+    flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
+    flags.DEFINE_enum("size", "base", SIZES, "base: ViT-B/32 and BART-base; tiny: for tests")
+    flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
+
+
+def main() -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    output = Path(values.output)
+    write_random(Path(values.clip_tokenizer), Path(values.bart_tokenizer), output, values.size, values.seed)
+    say(f"wrote {output / 'clip'} and {output / 'bart'}")
+
+
+if __name__ == "__main__":
+    entry.run(main, define_flags, required=("clip_tokenizer", "bart_tokenizer", "output"))

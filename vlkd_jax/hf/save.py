@@ -1,0 +1,51 @@
+"""Write CLIP and BART directories that Hugging Face loads: config.json and model.safetensors, each whole."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import safetensors.numpy
+
+from vlkd_jax.hf import names
+from vlkd_jax.hf.load import CONFIG, GENERATION, WEIGHTS
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+
+
+def save_clip(directory: str | pathlib.Path, config: ClipConfig, params: dict) -> None:
+    """Write a `CLIPModel` directory (created if absent) from a parameter tree of numpy or addressable JAX arrays.
+
+    Tensors are float32 under Hugging Face's names. Each file is written aside and renamed; config.json comes last.
+    ValueError names parameters that the table does not know or that are absent.
+    """
+    _save(pathlib.Path(directory), params, config, {CONFIG: config.to_hf()})
+
+
+def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict) -> None:
+    """As `save_clip`, a `BartForConditionalGeneration` directory, with generation_config.json beside it."""
+    pins = ("bos", "pad", "eos", "decoder_start", "forced_bos", "forced_eos")
+    generation = {f"{pin}_token_id": getattr(config, f"{pin}_token_id") for pin in pins}
+    generation = {name: value for name, value in generation.items() if value is not None}
+    _save(pathlib.Path(directory), params, config, {GENERATION: generation, CONFIG: config.to_hf()})
+
+
+def _save(directory: pathlib.Path, params: dict, config: ClipConfig | BartConfig, texts: dict[str, dict]) -> None:
+    tensors = names.to_hf(names.rows_for(config), params)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}  # transformers refuses a file that does not say so
+    _replace(directory / WEIGHTS, lambda path: safetensors.numpy.save_file(tensors, path, metadata=metadata))
+    for name, values in texts.items():
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        _replace(directory / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Write through a temporary neighbour, so that `path` is either the old file or the whole new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What a run tells: metrics.jsonl, TensorBoard events and one progress line with an ETA."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+RATES = ("images_per_second", "data_wait")
+
+
+class MetricWriter:
+    """Appends numbers to `workdir/metrics.jsonl` and to TensorBoard events (tensorboardX; no TensorFlow needed)."""
+
+    def __init__(self, workdir: Path):
+        from tensorboardX import SummaryWriter
+
+        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One line {"step", "kind", "time", name: value, ...} and one scalar `kind/name` each."""
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """Step, ETA, images/s and the share of the time spent waiting for data, over the time since the last line."""
+
+    def __init__(self, steps: int, batch_size: int, start: int):
+        self.steps, self.batch_size, self.last_step = steps, batch_size, start
+        self.last_time, self.waited = time.monotonic(), 0.0
+
+    def rates(self, step: int) -> dict[str, float]:
+        """images_per_second and data_wait (a fraction) since the last call."""
+        now = time.monotonic()
+        seconds, steps = max(now - self.last_time, 1e-9), step - self.last_step
+        found = {"images_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        self.last_time, self.last_step, self.waited = now, step, 0.0
+        return found
+
+    def skip_time(self, seconds: float) -> None:
+        """Leaves time that was not training (an evaluation) out of the rates."""
+        self.last_time += seconds
+
+    def line(self, step: int, values: dict[str, float]) -> str:
+        """`step 120/900  eta 2:31  250 images/s  data 1%  lr 1.0e-04  loss 3.21  ...`"""
+        eta = (self.steps - step) * self.batch_size / max(values["images_per_second"], 1e-9)
+        rest = [f"{name} {value:.4g}" for name, value in values.items() if name not in RATES]
+        return "  ".join(
+            [
+                f"step {step}/{self.steps}",
+                f"eta {int(eta // 60)}:{int(eta % 60):02d}",
+                f"{values['images_per_second']:.0f} images/s",
+                f"data {values['data_wait']:.0%}",
+                *rest,
+            ]
+        )
+
+
+def say(text: str) -> None:
+    """Prints a line at once (standard output may be a file)."""
+    print(text, flush=True)

@@ -1,0 +1,1 @@
+"""CLIP and BART in Flax Linen, with Hugging Face's parameter names."""

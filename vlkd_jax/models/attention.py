@@ -1,0 +1,65 @@
+"""Multi-head attention shared by CLIP and BART."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlkd_jax.models.layers import Dense
+
+
+class KeyValue(NamedTuple):
+    """Projected keys and values, each [..., B, M, H, K]: M positions, H heads of width K."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def causal_mask(length: int) -> jax.Array:
+    """[1, 1, length, length] bool, True where a query (row) may read a key (column)."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention with Hugging Face's parameter names.
+
+    Weights and their softmax are float32; projections run in `dtype`. A query that may read nothing attends evenly
+    (finite, never NaN). Source: Vaswani et al. 2017, section 3.2.
+    """
+
+    width: int
+    num_heads: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    in_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    out_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+
+    def setup(self):
+        self.q_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
+        self.k_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
+        self.v_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
+        self.out_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.out_init)
+        self.weight_dropout = nn.Dropout(self.dropout)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+    def keys_values(self, memory: jax.Array) -> KeyValue:
+        """Project memory [B, M, D] to keys and values [B, M, H, K]."""
+        return KeyValue(self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory)))
+
+    def attend(self, x: jax.Array, kv: KeyValue, mask: jax.Array | None, deterministic: bool = True) -> jax.Array:
+        """x [B, T, D] reads kv [B, M, H, K] where mask (broadcast to [B, H, T, M], True = keep) -> [B, T, D]."""
+        query = self._heads(self.q_proj(x)) * (self.width // self.num_heads) ** -0.5
+        scores = jnp.einsum("bthk,bmhk->bhtm", query, kv.key, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = self.weight_dropout(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhtm,bmhk->bthk", weights, kv.value)
+        return self.out_proj(mixed.reshape(*x.shape[:-1], self.width))
+
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None, deterministic: bool = True):
+        """x [B, T, D] reads memory [B, M, D] under mask -> [B, T, D]. Self-attention: memory is x."""
+        return self.attend(x, self.keys_values(memory), mask, deterministic)

@@ -1,0 +1,242 @@
+"""BART (Lewis et al. 2020): encoder, decoder over any memory, and the decoder's cached step."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlkd_jax.errors import UserError
+from vlkd_jax.models.attention import Attention, KeyValue, causal_mask
+from vlkd_jax.models.configs import BartConfig
+from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, layer_norm
+
+POSITION_OFFSET = 2  # BART's position tables keep two unused rows in front
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+def shift_right(ids: jax.Array, start_id: int) -> jax.Array:
+    """Decoder inputs for targets `ids` [B, T]: `start_id`, then all but the last. Right padding stays harmless."""
+    return jnp.concatenate([jnp.full_like(ids[:, :1], start_id), ids[:, :-1]], axis=1)
+
+
+def _dense(features: int, dtype) -> nn.Dense:
+    return Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(INIT_STD))
+
+
+class BartLayer(nn.Module):
+    """What encoder and decoder layers share; inherited, not nested, so that parameter names stay Hugging Face's."""
+
+    config: BartConfig
+    dtype: jnp.dtype
+
+    def _setup_feed_forward(self, width: int):
+        self.fc1 = _dense(width, self.dtype)
+        self.fc2 = _dense(self.config.d_model, self.dtype)
+        self.final_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.dropout = nn.Dropout(self.config.dropout)
+        self.activation_dropout = nn.Dropout(self.config.activation_dropout)
+
+    def _attention(self, num_heads: int) -> Attention:
+        config = self.config
+        return Attention(config.d_model, num_heads, config.attention_dropout, self.dtype)
+
+    def _feed_forward(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        hidden = ACTIVATION_FUNCTIONS[self.config.activation_function](self.fc1(x))
+        hidden = self.fc2(self.activation_dropout(hidden, deterministic=deterministic))
+        return self.final_layer_norm(x + self.dropout(hidden, deterministic=deterministic))
+
+
+class EncoderLayer(BartLayer):
+    """Post-norm encoder layer: x [B, S, D], mask [B, 1, 1, S] -> (x, None)."""
+
+    def setup(self):
+        self.self_attn = self._attention(self.config.encoder_attention_heads)
+        self.self_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self._setup_feed_forward(self.config.encoder_ffn_dim)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool):
+        attended = self.self_attn(x, x, mask, deterministic)
+        x = self.self_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
+        return self._feed_forward(x, deterministic), None
+
+
+class DecoderLayer(BartLayer):
+    """Post-norm decoder layer with three entries: whole sequence, memory projection, cached step."""
+
+    def setup(self):
+        self.self_attn = self._attention(self.config.decoder_attention_heads)
+        self.self_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.encoder_attn = self._attention(self.config.decoder_attention_heads)
+        self.encoder_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self._setup_feed_forward(self.config.decoder_ffn_dim)
+
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array, memory_mask: jax.Array, deterministic: bool):
+        """x [B, T, D], memory [B, M, D], mask [1, 1, T, T], memory_mask [B, 1, 1, M] -> (x, None)."""
+        attended = self.self_attn(x, x, mask, deterministic)
+        x = self.self_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
+        attended = self.encoder_attn(x, memory, memory_mask, deterministic)
+        x = self.encoder_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
+        return self._feed_forward(x, deterministic), None
+
+    def project_memory(self, carry: None, memory: jax.Array):
+        """memory [B, M, D] -> (None, this layer's cross-attention keys and values [B, M, H, K])."""
+        return carry, self.encoder_attn.keys_values(memory)
+
+    def step(self, x, cache: KeyValue, cross: KeyValue, positions, cache_mask, memory_mask):
+        """x [B, Q, D], cache [B, length, H, K], cross [B', M, H, K] -> (x, cache with Q entries written)."""
+        new = self.self_attn.keys_values(x)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = jax.tree.map(lambda old, item: old.at[rows, positions].set(item, mode="drop"), cache, new)
+        x = self.self_attn_layer_norm(x + self.self_attn.attend(x, cache, cache_mask))
+        # Rows that share a memory (beams) become more queries of it, so its keys are never repeated.
+        folded = x.reshape(cross.key.shape[0], -1, x.shape[-1])
+        attended = self.encoder_attn.attend(folded, cross, memory_mask).reshape(x.shape)
+        x = self.encoder_attn_layer_norm(x + attended)
+        return self._feed_forward(x, True), cache
+
+
+def _scan(layers: int, in_axes) -> dict:
+    return {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "in_axes": in_axes,
+        "length": layers,
+    }
+
+
+class BartSide(nn.Module):
+    """What encoder and decoder share in front of their layers; the token embedding belongs to `Bart`."""
+
+    config: BartConfig
+    dtype: jnp.dtype
+    remat: bool
+
+    def _setup_embedding(self):
+        config, normal = self.config, nn.initializers.normal(INIT_STD)
+        rows = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = nn.Embed(rows, config.d_model, dtype=self.dtype, embedding_init=normal)
+        self.layernorm_embedding = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, embedded: jax.Array, positions: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Token embeddings [B, T, D] plus those of positions [T] or [B, T], normed and dropped out: [B, T, D]."""
+        x = self.layernorm_embedding(embedded + self.embed_positions(positions + POSITION_OFFSET))
+        return self.dropout(x, deterministic=deterministic)
+
+    def _positions(self, length: int) -> jax.Array:
+        limit = self.config.max_position_embeddings
+        if length > limit:
+            raise UserError(f"a text of {length} BART tokens given; max_position_embeddings is {limit}: shorten it")
+        return jnp.arange(length)
+
+
+class BartEncoder(BartSide):
+    """embedded [B, S, D], mask [B, S] -> last hidden state [B, S, D]."""
+
+    def setup(self):
+        self._setup_embedding()
+        layer = nn.remat(EncoderLayer, prevent_cse=False, static_argnums=(3,)) if self.remat else EncoderLayer
+        axes = _scan(self.config.encoder_layers, nn.broadcast)
+        self.layers = nn.scan(layer, **axes)(self.config, self.dtype)
+
+    def __call__(self, embedded: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
+        x = self.embed(embedded, self._positions(embedded.shape[1]), deterministic)
+        return self.layers(x, mask[:, None, None, :], deterministic)[0]
+
+
+class BartDecoder(BartSide):
+    """Decoder layers: whole sequences, the memory's projection, and cached steps over the same parameters."""
+
+    def setup(self):
+        self._setup_embedding()
+        layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=(5,)) if self.remat else DecoderLayer
+        step_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
+        axes = {"__call__": nn.broadcast, "project_memory": nn.broadcast, "step": step_axes}
+        methods = {name: _scan(self.config.decoder_layers, in_axes) for name, in_axes in axes.items()}
+        self.layers = nn.scan(layer, methods=methods)(self.config, self.dtype)
+
+    def __call__(self, embedded, memory, memory_mask, deterministic: bool) -> jax.Array:
+        """embedded [B, T, D], memory [B, M, D], memory_mask [B, M] -> [B, T, D]."""
+        length = embedded.shape[1]
+        x = self.embed(embedded, self._positions(length), deterministic)
+        memory = memory.astype(self.dtype)
+        return self.layers(x, memory, causal_mask(length), memory_mask[:, None, None, :], deterministic)[0]
+
+    def project_memory(self, memory: jax.Array) -> KeyValue:
+        """memory [B, M, D] -> keys and values [layers, B, M, H, K]."""
+        return self.layers.project_memory(None, memory.astype(self.dtype))[1]
+
+    def step(self, embedded, positions, cache, cross, memory_mask, cache_mask):
+        """One cached step; shapes as in `Bart.decode_step`."""
+        # A row parked past the end still needs a finite embedding; its write is dropped.
+        x = self.embed(embedded, jnp.minimum(positions, self.config.max_position_embeddings - 1))
+        return self.layers.step(x, cache, cross, positions, cache_mask[:, None], memory_mask[:, None, None, :])
+
+
+class Bart(nn.Module):
+    """BART. Parameters float32, activations `dtype`, logits float32; call methods through `apply(..., method=)`.
+
+    With `deterministic=False` dropout draws from the "dropout" rng, at Hugging Face BART's places and rates.
+    """
+
+    config: BartConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        config = self.config
+        self.shared = nn.Embed(
+            config.vocab_size, config.d_model, dtype=self.dtype, embedding_init=nn.initializers.normal(INIT_STD)
+        )
+        self.final_logits_bias = self.param("final_logits_bias", nn.initializers.zeros, (1, config.vocab_size))
+        self.encoder = BartEncoder(config, self.dtype, self.remat)
+        self.decoder = BartDecoder(config, self.dtype, self.remat)
+
+    def _embed(self, ids: jax.Array) -> jax.Array:
+        embedded = self.shared(ids)
+        return embedded * self.config.d_model**0.5 if self.config.scale_embedding else embedded
+
+    def encode(self, input_ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
+        """input_ids [B, S] int32, mask [B, S] bool -> last hidden state [B, S, D]. UserError when S is too long."""
+        return self.encoder(self._embed(input_ids), mask, deterministic)
+
+    def decode(self, decoder_input_ids, memory, memory_mask, deterministic: bool = True) -> jax.Array:
+        """decoder_input_ids [B, T], memory [B, M, D], memory_mask [B, M] bool -> hidden [B, T, D].
+
+        Causal, so right padding needs no decoder mask. `memory` is whatever the decoder shall read: here the image
+        prefix and the encoded text, concatenated. UserError when T is too long.
+        """
+        return self.decoder(self._embed(decoder_input_ids), memory, memory_mask, deterministic)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> [..., V] float32: the tied, unscaled embedding and `final_logits_bias`."""
+        table = self.shared.embedding.astype(self.dtype)
+        hidden = hidden.astype(self.dtype)
+        scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return scores + self.final_logits_bias[0]
+
+    def cross_cache(self, memory: jax.Array) -> KeyValue:
+        """Cross-attention keys and values of memory [B, M, D], once for all steps: leaves [layers, B, M, H, K]."""
+        return self.decoder.project_memory(memory)
+
+    def init_cache(self, batch: int, length: int) -> KeyValue:
+        """An empty self-attention cache for `length` decoder positions: leaves [layers, batch, length, H, K] zeros."""
+        config = self.config
+        heads = config.decoder_attention_heads
+        shape = (config.decoder_layers, batch, length, heads, config.d_model // heads)
+        return KeyValue(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def decode_step(self, ids, positions, cache: KeyValue, cross: KeyValue, memory_mask, cache_mask):
+        """Q more decoder tokens per row, without dropout: (hidden [B, Q, D], new cache).
+
+        ids [B, Q] and positions [B, Q] int32, 0-based and free to differ between rows; cache from `init_cache`, cross
+        from `cross_cache`, memory_mask [B, M], cache_mask [B, Q, length]: which cache entries each token reads, its
+        own included. Keys and values are written at `positions`; a position >= length writes nothing. `cross` and
+        `memory_mask` may have fewer rows, B / W: row r then reads memory r // W, which W beams share.
+        """
+        return self.decoder.step(self._embed(ids), positions, cache, cross, memory_mask, cache_mask)
+
+    def __call__(self, input_ids: jax.Array, mask: jax.Array, decoder_input_ids: jax.Array) -> jax.Array:
+        """input_ids [B, S], mask [B, S], decoder_input_ids [B, T] -> logits [B, T, V] float32."""
+        memory = self.encode(input_ids, mask)
+        return self.logits(self.decode(decoder_input_ids, memory, mask))

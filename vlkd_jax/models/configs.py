@@ -1,0 +1,312 @@
+"""Sizes of CLIP and BART as frozen dataclasses, read from and written to Hugging Face's config.json."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from vlkd_jax.errors import UserError
+
+ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu")
+# What transformers' CLIPConfig and BartConfig assume for an absent key (the same in versions 4 and 5).
+CLIP_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}
+CLIP_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+BART_DEFAULTS = {
+    "vocab_size": 50265,
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "decoder_ffn_dim": 4096,
+    "max_position_embeddings": 1024,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+class _Fields:
+    """Typed reads from one JSON object; every complaint names the file and the field."""
+
+    def __init__(self, values: Any, defaults: dict, source: str, prefix: str = ""):
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a JSON object; restore the original")
+        self.values = {**defaults, **values}
+        self.source, self.prefix = source, prefix
+
+    def fail(self, name: str, wanted: str):
+        raise UserError(f"{self.source}: {self.prefix}{name} is {self.values.get(name)!r}; it must be {wanted}")
+
+    def integer(self, name: str, minimum: int = 1) -> int:
+        value = self.values.get(name)
+        if isinstance(value, list | tuple) and value and all(item == value[0] for item in value):
+            value = value[0]  # transformers 5 also writes square sizes and single end tokens as lists
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self.fail(name, f"a whole number of at least {minimum}")
+        return value
+
+    def optional_integer(self, name: str) -> int | None:
+        return None if self.values.get(name) is None else self.integer(name, 0)
+
+    def number(self, name: str, below: float | None = None) -> float:
+        value = self.values.get(name)
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if not valid or not math.isfinite(value) or value < 0 or (below is not None and value >= below):
+            self.fail(name, "a number of at least 0" + (f" and below {below:g}" if below is not None else ""))
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        if not isinstance(self.values.get(name), bool):
+            self.fail(name, "true or false")
+        return self.values[name]
+
+    def activation(self, name: str) -> str:
+        if self.values.get(name) not in ACTIVATIONS:
+            self.fail(name, "one of " + ", ".join(ACTIVATIONS))
+        return self.values[name]
+
+    def exactly(self, name: str, wanted: Any, why: str):
+        if self.values.get(name) != wanted:
+            self.fail(name, f"{wanted!r} ({why})")
+
+    def divisible(self, name: str, by: str):
+        if self.integer(name) % self.integer(by):
+            self.fail(name, f"a multiple of {by} ({self.values[by]})")
+
+
+def _check_model_type(config: Any, wanted: str, source: str):
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: the file must be a JSON object; restore the original")
+    found = config.get("model_type")
+    if found != wanted:
+        raise UserError(f"{source}: model_type is {found!r}; give a directory that holds a {wanted!r} model")
+
+
+def _clip_part(config: dict, name: str, defaults: dict) -> Any:
+    """One tower's keys. `*_config_dict`, written by early versions, wins over `*_config` with its own defaults."""
+    part, legacy = config.get(name), config.get(f"{name}_dict")
+    part = {} if part is None else part
+    if isinstance(part, dict) and isinstance(legacy, dict):
+        return {**part, **defaults, **legacy}
+    return part
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """CLIP's image tower. `image_size` and `patch_size` in pixels; images are square with three channels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the class token and one token per patch."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @classmethod
+    def from_hf(cls, config: dict, source: str) -> Self:
+        """Read `vision_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
+        fields = _Fields(config, CLIP_VISION_DEFAULTS, source, "vision_config.")
+        fields.exactly("num_channels", 3, "images are RGB")
+        fields.divisible("hidden_size", "num_attention_heads")
+        result = cls(
+            hidden_size=fields.integer("hidden_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_attention_heads=fields.integer("num_attention_heads"),
+            image_size=fields.integer("image_size"),
+            patch_size=fields.integer("patch_size"),
+            hidden_act=fields.activation("hidden_act"),
+            layer_norm_eps=fields.number("layer_norm_eps"),
+        )
+        if result.patch_size > result.image_size:
+            fields.fail("patch_size", f"at most image_size ({result.image_size})")
+        return result
+
+    def to_hf(self) -> dict:
+        """The `vision_config` object of config.json."""
+        return {"model_type": "clip_vision_model", **dataclasses.asdict(self), "num_channels": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """CLIP's text tower. `eos_token_id` also chooses where the sentence is pooled (see models/clip.py)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int | None = 1
+
+    @classmethod
+    def from_hf(cls, config: dict, source: str) -> Self:
+        """Read `text_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
+        fields = _Fields(config, CLIP_TEXT_DEFAULTS, source, "text_config.")
+        fields.divisible("hidden_size", "num_attention_heads")
+        return cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=fields.integer("hidden_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_attention_heads=fields.integer("num_attention_heads"),
+            max_position_embeddings=fields.integer("max_position_embeddings"),
+            hidden_act=fields.activation("hidden_act"),
+            layer_norm_eps=fields.number("layer_norm_eps"),
+            bos_token_id=fields.optional_integer("bos_token_id"),
+            eos_token_id=fields.integer("eos_token_id", 0),
+            pad_token_id=fields.optional_integer("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict:
+        """The `text_config` object of config.json."""
+        return {"model_type": "clip_text_model", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Both towers of CLIP and the joint space: `projection_dim` is E."""
+
+    vision: ClipVisionConfig
+    text: ClipTextConfig
+    projection_dim: int
+    logit_scale_init_value: float = 2.6592
+
+    @classmethod
+    def from_hf(cls, config: dict, source: str) -> Self:
+        """Read config.json of a `CLIPModel`, as transformers 4 or 5 writes it.
+
+        Absent keys, also whole absent towers, take Hugging Face's defaults. Attention dropout is not read: the
+        teacher is never trained. Raises UserError naming `source` and the field.
+        """
+        _check_model_type(config, "clip", source)
+        fields = _Fields(config, {"projection_dim": 512, "logit_scale_init_value": 2.6592}, source)
+        return cls(
+            vision=ClipVisionConfig.from_hf(_clip_part(config, "vision_config", CLIP_VISION_DEFAULTS), source),
+            text=ClipTextConfig.from_hf(_clip_part(config, "text_config", CLIP_TEXT_DEFAULTS), source),
+            projection_dim=fields.integer("projection_dim"),
+            logit_scale_init_value=fields.number("logit_scale_init_value"),
+        )
+
+    def to_hf(self) -> dict:
+        """A complete config.json for `CLIPModel`."""
+        return {
+            "model_type": "clip",
+            "architectures": ["CLIPModel"],
+            "dtype": "float32",
+            "projection_dim": self.projection_dim,
+            "logit_scale_init_value": self.logit_scale_init_value,
+            "vision_config": {**self.vision.to_hf(), "projection_dim": self.projection_dim},
+            "text_config": {**self.text.to_hf(), "projection_dim": self.projection_dim},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class BartConfig:
+    """BART. `d_model` is D, `vocab_size` V; `forced_*` are None where nothing is forced."""
+
+    vocab_size: int
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    encoder_attention_heads: int
+    decoder_attention_heads: int
+    encoder_ffn_dim: int
+    decoder_ffn_dim: int
+    max_position_embeddings: int = 1024
+    activation_function: str = "gelu"
+    scale_embedding: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    pad_token_id: int = 1
+    bos_token_id: int = 0
+    eos_token_id: int = 2
+    decoder_start_token_id: int = 2
+    forced_bos_token_id: int | None = 0
+    forced_eos_token_id: int | None = 2
+
+    @classmethod
+    def from_hf(cls, config: dict, source: str) -> Self:
+        """Read config.json of a BART, as transformers 4 or 5 writes it.
+
+        Absent keys take Hugging Face's defaults; for `forced_bos_token_id` that is None, unless the old
+        `force_bos_token_to_be_generated` asks for it. Layer drop is not read. UserError names `source` and field.
+        """
+        _check_model_type(config, "bart", source)
+        fields = _Fields(config, BART_DEFAULTS, source)
+        fields.exactly("tie_word_embeddings", True, "the output layer shares the token embedding")
+        fields.divisible("d_model", "encoder_attention_heads")
+        fields.divisible("d_model", "decoder_attention_heads")
+        if config.get("forced_bos_token_id") is None and config.get("force_bos_token_to_be_generated") is True:
+            fields.values["forced_bos_token_id"] = fields.values["bos_token_id"]
+        sizes = (
+            *("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads"),
+            *("decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings"),
+        )
+        rates = ("dropout", "attention_dropout", "activation_dropout")
+        ids = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+        forced = ("forced_bos_token_id", "forced_eos_token_id")
+        return cls(
+            **{name: fields.integer(name) for name in sizes},
+            **{name: fields.number(name, below=1.0) for name in rates},
+            **{name: fields.integer(name, 0) for name in ids},
+            **{name: fields.optional_integer(name) for name in forced},
+            activation_function=fields.activation("activation_function"),
+            scale_embedding=fields.boolean("scale_embedding"),
+        )
+
+    def to_hf(self) -> dict:
+        """A complete config.json for `BartForConditionalGeneration`; keys that are None are left out."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {
+            "model_type": "bart",
+            "architectures": ["BartForConditionalGeneration"],
+            "dtype": "float32",
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": True,
+            **values,
+        }

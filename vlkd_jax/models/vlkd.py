@@ -1,0 +1,96 @@
+"""The student: BART plus two bias-free linears, into CLIP's joint space and out of it."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vlkd_jax.losses import normalise
+from vlkd_jax.models.bart import Bart, shift_right
+from vlkd_jax.models.configs import BartConfig
+from vlkd_jax.models.layers import Dense
+from vlkd_jax.types import Array
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class Student(nn.Module):
+    """BART [D wide], `sentence_projection` [D, E], `image_projection` [E or CLIP's width, D] and the logit scale.
+
+    Attributes:
+      config: BART's.
+      joint_width: E of the CLIP it learns from.
+      sentence_position: "eos" or "bos", the encoder state that stands for the sentence.
+      normalised: whether `embed_sentence` gives unit vectors (the distance loss can also be taken raw).
+    """
+
+    config: BartConfig
+    joint_width: int
+    sentence_position: str = "eos"
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.bart = Bart(self.config, dtype=self.dtype, remat=self.remat)
+        init = nn.initializers.normal(0.02)
+        self.sentence_projection = Dense(self.joint_width, use_bias=False, dtype=jnp.float32, kernel_init=init)
+        self.image_projection = Dense(self.config.d_model, use_bias=False, dtype=self.dtype, kernel_init=init)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
+
+    def __call__(self, image_tokens: Array, source_ids: Array, source_mask: Array, target_ids: Array) -> Array:
+        """Teacher-forced logits [B, T, V]; also what initialises every parameter.
+
+        Args:
+          image_tokens: float [B, N, E], the teacher's.
+          source_ids, source_mask: [B, S], the corrupted caption.
+          target_ids: int32 [B, T], the clean caption from `<s>` on.
+        """
+        hidden = self.encode(source_ids, source_mask)
+        self.embed_sentence(hidden, source_mask)
+        memory, mask = self.memory(self.image_prefix(image_tokens), hidden, source_mask)
+        return self.decode_logits(target_ids, memory, mask)
+
+    def encode(self, ids: Array, mask: Array, deterministic: bool = True) -> Array:
+        """BART's encoder states [B, S, D] of ids [B, S]."""
+        return self.bart.encode(ids, mask, deterministic=deterministic)
+
+    def embed_sentence(self, hidden: Array, mask: Array, unit: bool = True) -> Array:
+        """Sentence embedding [B, E] of encoder states [B, S, D]: the state at `</s>` (or `<s>`), projected."""
+        position = jnp.sum(mask, -1) - 1 if self.sentence_position == "eos" else jnp.zeros(mask.shape[0], jnp.int32)
+        state = jnp.take_along_axis(hidden, position[:, None, None], 1)[:, 0]
+        projected = self.sentence_projection(state.astype(jnp.float32))
+        return normalise(projected) if unit else projected
+
+    def image_prefix(self, tokens: Array) -> Array:
+        """Decoder memory [B, N, D] of the teacher's image tokens [B, N, E]."""
+        return self.image_projection(tokens)
+
+    def memory(self, prefix: Array | None, hidden: Array, mask: Array) -> tuple[Array, Array]:
+        """What the decoder reads: [prefix, hidden] [B, M, D] and its mask [B, M]; no prefix: the text alone."""
+        if prefix is None:
+            return hidden, mask
+        keep = jnp.ones(prefix.shape[:2], bool)
+        return jnp.concatenate([prefix.astype(hidden.dtype), hidden], 1), jnp.concatenate([keep, mask], 1)
+
+    def decode_logits(self, target_ids: Array, memory: Array, mask: Array, deterministic: bool = True) -> Array:
+        """Teacher-forced logits [B, T, V] float32 of target ids [B, T] (shifted right inside)."""
+        inputs = shift_right(target_ids, self.config.decoder_start_token_id)
+        return self.bart.logits(self.bart.decode(inputs, memory, mask, deterministic=deterministic))
+
+    def scale(self) -> Array:
+        """The inverse temperature of the contrastive loss, capped at 100 as CLIP's."""
+        return jnp.minimum(jnp.exp(self.logit_scale), MAX_LOGIT_SCALE)
+
+    def cross_cache(self, memory: Array):
+        """Cross-attention keys and values of a memory, computed once."""
+        return self.bart.cross_cache(memory)
+
+    def init_cache(self, batch: int, length: int):
+        """Empty self-attention cache for `length` decoder positions."""
+        return self.bart.init_cache(batch, length)
+
+    def decode_step(self, ids: Array, positions: Array, cache, cross, memory_mask: Array, cache_mask: Array):
+        """Logits [B, V] after the last of ids [B, Q], and the cache with them written; see `Bart.decode_step`."""
+        hidden, cache = self.bart.decode_step(ids, positions, cache, cross, memory_mask, cache_mask)
+        return self.bart.logits(hidden[:, -1]), cache

@@ -1,0 +1,56 @@
+"""The optimizer: AdamW with warm-up, a schedule, clipping, and a learning rate for each parameter group."""
+
+from __future__ import annotations
+
+import flax.traverse_util
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from vlkd_jax.types import Params
+
+LINEARS = ("sentence_projection", "image_projection", "logit_scale")
+"""The student's parameters that BART does not have; they start from nothing and take a larger rate."""
+
+
+def schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up over `config.warmup` steps, then `config.schedule`: "constant", "linear" or "cosine" to zero."""
+    warmup = min(config.warmup, steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]()
+    return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
+
+
+def groups(params: Params) -> Params:
+    """"linears" or "model" for each parameter."""
+    return flax.traverse_util.path_aware_map(lambda path, _: "linears" if path[0] in LINEARS else "model", params)
+
+
+def decayed(params: Params) -> Params:
+    """True for each parameter that weight decay acts on: kernels and embeddings, not biases, norms and the scale."""
+    return flax.traverse_util.path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019; decay scaled by the learning rate) for a train state's parameters.
+
+    Args:
+      config: `config.optim` of configs/base.py.
+      steps: length of the run, for the schedule.
+    """
+    rates = {"model": schedule(config, config.lr, steps), "linears": schedule(config, config.lr_linears, steps)}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+        optax.partition({k: optax.scale_by_learning_rate(rate) for k, rate in rates.items()}, groups),
+    )
+
+
+def count_parameters(params: Params) -> int:
+    """How many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,149 @@
+"""The one set of predict functions: pixels and prompts in, image tokens, embeddings and texts out, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from vlkd_jax import decoding
+from vlkd_jax.data.text import BartText, ClipText, pad
+from vlkd_jax.distill import Objective, select_tokens
+from vlkd_jax.errors import UserError
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.types import Array, Params
+
+
+class Predictor:
+    """Runs a student (and its teacher's image tower) on any number of items, in batches of one compiled shape.
+
+    Args:
+      objective: a "vlkd" or "bart_denoise" objective; its modules, tokenizers and frozen teacher are used.
+      image_tokens: which of the teacher's image tokens the student reads.
+      batch_size: rows a call; the last batch is padded and the padding dropped.
+    """
+
+    def __init__(self, objective: Objective, image_tokens: str = "projected", batch_size: int = 64):
+        self.student, self.teacher = objective.module, objective.teacher
+        self.clip_params = objective.frozen.get("clip")
+        self.bart = Bart(objective.configs["bart"], dtype=objective.module.dtype)
+        self.text: BartText = objective.encoder.bart_text
+        self.clip_text: ClipText | None = objective.encoder.clip_text
+        self.clip_length, self.image_size = objective.encoder.clip_length, objective.encoder.image_size
+        self.batch_size = batch_size
+        self._is_student = self.teacher is not None
+        self._encode_images = jax.jit(lambda clip, pixels: self._image_step(clip, pixels, image_tokens))
+        self._generate = jax.jit(self._generate_step, static_argnames="max_new_tokens")
+        self._embed = jax.jit(self._embed_step)
+        self._embed_clip = jax.jit(
+            lambda clip, ids, mask: self.teacher.apply({"params": clip}, ids, mask, method="encode_texts")
+        )
+
+    def _image_step(self, clip: Params, pixels: Array, kind: str) -> tuple[Array, Array]:
+        output = self.teacher.apply({"params": clip}, pixels, method="encode_images")
+        return select_tokens(output, kind), output.embedding
+
+    def _generate_step(self, params, tokens, source, source_mask, prefix, prefix_mask, max_new_tokens: int) -> Array:
+        if self._is_student:
+
+            def read(student):
+                image = None if tokens is None else student.image_prefix(tokens)
+                return student.memory(image, student.encode(source, source_mask), source_mask)
+
+            memory, mask = self.student.apply({"params": params}, method=read)
+            params = params["bart"]
+        else:
+            memory, mask = self.bart.apply({"params": params}, source, source_mask, method="encode"), source_mask
+        return decoding.greedy(self.bart, params, memory, mask, prefix, prefix_mask, max_new_tokens)
+
+    def _embed_step(self, params: Params, ids: Array, mask: Array) -> Array:
+        def read(student):
+            return student.embed_sentence(student.encode(ids, mask), mask)
+
+        return self.student.apply({"params": params}, method=read)
+
+    def encode_images(self, pixels: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Image tokens [n, N, E] and L2-normalised image embeddings [n, E] of float32 pixels [height, width, 3]."""
+        parts = []
+        for rows, count in _chunks(pixels, self.batch_size):
+            tokens, embedding = self._encode_images(self.clip_params, np.stack(_fill(rows, self.batch_size)))
+            parts.append((np.asarray(tokens)[:count], np.asarray(embedding)[:count]))
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def embed_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
+        """The student's sentence embeddings [n, E], L2-normalised."""
+        ids = [self.text.wrap(self.text.encode(text)) for text in texts]
+        return self._over_texts(lambda i, m: self._embed(params, i, m), ids, self.text.pad, _bucket(ids))
+
+    def embed_texts_clip(self, texts: Sequence[str]) -> np.ndarray:
+        """The teacher's text embeddings [n, E], L2-normalised; texts are cut at CLIP's positions."""
+        ids = [self.clip_text.encode(text) for text in texts]
+        ids = [i if len(i) <= self.clip_length else [*i[: self.clip_length - 1], i[-1]] for i in ids]
+        return self._over_texts(lambda i, m: self._embed_clip(self.clip_params, i, m), ids, self.clip_text.pad, self.clip_length)
+
+    def _over_texts(self, function, ids: list[list[int]], pad_id: int, width: int) -> np.ndarray:
+        parts = []
+        for rows, count in _chunks(ids, self.batch_size):
+            parts.append(np.asarray(function(*pad(_fill(rows, self.batch_size), width, pad_id)))[:count])
+        return np.concatenate(parts)
+
+    def generate(
+        self,
+        params: Params,
+        sources: Sequence[list[int]],
+        prefixes: Sequence[list[int]],
+        max_new_tokens: int,
+        image_tokens: np.ndarray | None = None,
+        image_of: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Greedy continuations, one text a row.
+
+        Args:
+          params: the student's (or BART's) parameters.
+          sources: what the encoder reads, ids without `<s>` and `</s>`.
+          prefixes: ids the decoder is forced through first (`<s>` is put before them).
+          image_tokens: [images, N, E] from `encode_images`; None: no image (text only, or the blind baseline).
+          image_of: which image each row is about; default: row k is about image k.
+
+        Raises:
+          UserError: a source or a prefix with its continuation is longer than the model's positions.
+        """
+        config = self.bart.config
+        first = [config.decoder_start_token_id]
+        first += [] if config.forced_bos_token_id is None else [config.forced_bos_token_id]
+        prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
+        limit = config.max_position_embeddings
+        widths = min(_bucket(sources), limit), min(_bucket(prefixes), limit)
+        for rows, room in ((sources, limit), (prefixes, limit - max_new_tokens)):
+            if max(map(len, rows)) > room:
+                raise UserError(f"a prompt has {max(map(len, rows))} BART tokens, there is room for {room}; shorten it")
+        image_of = range(len(sources)) if image_of is None else image_of
+        texts: list[str] = []
+        for rows, count in _chunks(zip(sources, prefixes, image_of, strict=True), self.batch_size):
+            rows = _fill(rows, self.batch_size)
+            tokens = None if image_tokens is None else image_tokens[[row[2] for row in rows]]
+            source = pad([row[0] for row in rows], widths[0], self.text.pad)
+            prefix = pad([row[1] for row in rows], widths[1], self.text.pad)
+            ids = self._generate(params, tokens, *source, *prefix, max_new_tokens=max_new_tokens)
+            texts += [self.text.decode(row[row != self.text.pad]) for row in np.asarray(ids)[:count]]
+        return texts
+
+
+def _bucket(rows: Sequence[list[int]], step: int = 16) -> int:
+    return -(-max(map(len, rows)) // step) * step
+
+
+def _fill(rows: list, size: int) -> list:
+    return rows + [rows[0]] * (size - len(rows))
+
+
+def _chunks(items: Iterable, size: int) -> Iterable[tuple[list, int]]:
+    rows: list = []
+    for item in items:
+        rows.append(item)
+        if len(rows) == size:
+            yield rows, size
+            rows = []
+    if rows:
+        yield rows, len(rows)

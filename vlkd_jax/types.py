@@ -1,0 +1,63 @@
+"""The values that travel: `Batch` from the data pipeline to the losses, `TrainState` through the train step.
+
+Shape letters, used in every docstring: B batch, N image tokens (patches and class token), L clean caption, S corrupted
+caption, C context, T target, D student width, V student vocabulary, E CLIP joint width, H heads, K head width,
+M decoder memory (N + S), W beams. Masks are bool, True = keep; sequences are padded on the right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+Params = Any
+"""A nested dict of arrays, as Flax makes it."""
+
+
+@flax.struct.dataclass
+class Batch:
+    """One batch; a field that an objective does not use is None.
+
+    Attributes:
+      index: int64 [B], which record of the source each row is (to name the rows of a bad batch).
+      pixels: float32 [B, height, width, 3], normalised with CLIP's statistics.
+      clip_ids, clip_mask: int32 and bool [B, 77 or the model's positions], the clean caption in CLIP's tokens.
+      text_ids, text_mask: int32 and bool [B, L], the clean text in BART's tokens, from `<s>` to `</s>`; also the target.
+      source_ids, source_mask: int32 and bool [B, S], the corrupted text that the student's encoder reads.
+      context_ids, context_mask: int32 and bool [B, C], a text the decoder may read beside it (text-only records).
+      replay: a text-only batch mixed in to keep the student's text abilities.
+    """
+
+    index: Any = None
+    pixels: Any = None
+    clip_ids: Any = None
+    clip_mask: Any = None
+    text_ids: Any = None
+    text_mask: Any = None
+    source_ids: Any = None
+    source_mask: Any = None
+    context_ids: Any = None
+    context_mask: Any = None
+    replay: Batch | None = None
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds. The frozen teacher is not part of it.
+
+    Attributes:
+      step: int32 [], optimizer steps taken, skipped ones included.
+      params: float32 tree, the trained parameters.
+      opt_state: optax state over `params`.
+      skipped: int32 [], updates skipped so far because the loss or its gradient was not finite.
+      skipped_in_row: int32 [], how many of the last steps were skipped without a good one between.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    skipped: Array
+    skipped_in_row: Array
