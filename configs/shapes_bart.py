@@ -8,16 +8,17 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.objective = "bart_denoise"
     config.bart = "assets/shapes/bart"
-    config.steps = 6000
-    config.batch_size = 32
+    config.steps = 2600
+    config.batch_size = 64
     config.data.source = "shapes_texts"
     config.data.text_length = 30
-    config.data.source_length = 58
+    config.data.source_length = 32
     config.data.context_length = 30
-    config.corruption.mask_all = 0.3
+    config.corruption.mask_all = 0.5
     config.optim.lr = 1e-3
     config.optim.warmup = 200
-    config.eval.every = 500
-    config.save_every = 500
+    config.data.replay_length = 32
+    config.eval.every = 250
+    config.save_every = 250
     config.log_every = 50
     return config

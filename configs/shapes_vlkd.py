@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.data.text_length = 30
     config.data.source_length = 32
     config.data.context_length = 30
-    config.data.replay_length = 58
+    config.data.replay_length = 32
     config.eval.every = 150
     config.save_every = 450
     return config

@@ -78,7 +78,7 @@ def bart_config(**changes):
 
     values = {"vocab_size": 99, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_ffn_dim": 48}
     values |= {"encoder_attention_heads": 4, "decoder_attention_heads": 8, "decoder_ffn_dim": 56}
-    values |= {"max_position_embeddings": 24, "dropout": 0.1, "forced_bos_token_id": 0}
+    values |= {"max_position_embeddings": 24, "dropout": 0.1}
     return BartConfig(**(values | changes))
 
 

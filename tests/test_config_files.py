@@ -34,15 +34,16 @@ def test_configs_override_base_and_no_more(name):
     config.mesh.data = 1
     check_config(config)
     assert list(keys(config.to_dict())) == list(keys(base.get_config().to_dict()))
-    assert module.__doc__ and (name == "base") == (config == base.get_config())
+    assert module.__doc__ and (name == "base" or config != base.get_config())
     json.loads(config.to_json())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_parse_as_flags(name):
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "a config", flag_values=values)
-    values(["x", f"--config={ROOT}/configs/{name}.py", "--config.optim.lr=0.125", "--config.clip=somewhere"])
+    argv = ["x", f"--config={ROOT}/configs/{name}.py", "--config.optim.lr=0.125", "--config.clip=somewhere"]
+    config_flags.DEFINE_config_file("config", None, "a config", flag_values=values, sys_argv=argv)
+    values(argv)
     assert values.config.optim.lr == 0.125 and values.config.clip == "somewhere"
 
 

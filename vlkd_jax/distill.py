@@ -165,7 +165,7 @@ def _vlkd(config: ConfigDict) -> Objective:
             found = {
                 "ttdm": losses.ttdm(near, text),
                 "itcl": losses.itcl(image, sentence, student.scale() if learned_scale else clip_scale),
-                "icti": losses.icti(logits, batch.text_ids, batch.text_mask),
+                "icti": losses.icti(logits, batch.text_ids, batch.target_mask),
             }
             if batch.replay is not None:
                 found["text"] = _denoise(student.bart, batch.replay, rng)["text"]
@@ -229,8 +229,8 @@ def _denoise(bart: Bart, batch: Batch, rng: Array | None) -> Terms:
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
     logits = bart.logits(bart.decode(inputs, memory, mask, deterministic=deterministic))
     return {
-        "text": losses.icti(logits, batch.text_ids, batch.text_mask),
-        "token_accuracy": losses.token_accuracy(logits, batch.text_ids, batch.text_mask),
+        "text": losses.icti(logits, batch.text_ids, batch.target_mask),
+        "token_accuracy": losses.token_accuracy(logits, batch.text_ids, batch.target_mask),
     }
 
 

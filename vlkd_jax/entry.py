@@ -29,12 +29,17 @@ def run(
 ) -> None:
     """Defines and parses the flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
 
-    Flags are defined here and not on import, so that entry points can import one another.
+    Flags are defined here and not on import, so that entry points can import one another. With `--help` it prints the
+    module's docstring and its flags instead.
     """
     logging.set_verbosity(logging.WARNING)
+    argv, others = sys.argv if argv is None else argv, set(flags.FLAGS)
     define_flags()
+    if {"-h", "--help"} & set(argv[1:]):
+        print(_usage(main.__globals__["__doc__"], [name for name in flags.FLAGS if name not in others], required))
+        return
     try:
-        parse(argv if argv is not None else sys.argv, required)
+        parse(argv, required)
         main()
     except UserError as e:
         _leave(str(e), 3 if isinstance(e, Diverged) else 2)
@@ -42,6 +47,11 @@ def run(
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _leave(f"{e.filename or 'a file of this run'}: no space left to write it; free some space and start again", 2)
+
+
+def _usage(description: str, names: Sequence[str], required: Sequence[str]) -> str:
+    lines = [f"  --{name}=...  {flags.FLAGS[name].help}{' (required)' * (name in required)}" for name in names]
+    return "\n".join([description.strip(), "", *lines])
 
 
 def _leave(message: str, code: int) -> None:

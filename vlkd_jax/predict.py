@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlkd_jax import decoding
@@ -44,18 +45,21 @@ class Predictor:
         output = self.teacher.apply({"params": clip}, pixels, method="encode_images")
         return select_tokens(output, kind), output.embedding
 
-    def _generate_step(self, params, tokens, source, source_mask, prefix, prefix_mask, max_new_tokens: int) -> Array:
-        if self._is_student:
+    def _generate_step(self, params, tokens, context, source, prefix, max_new_tokens: int) -> Array:
+        """What the decoder reads: [image prefix or encoded context, if any; encoded source]. Texts are (ids, mask)."""
+        bart = params["bart"] if self._is_student else params
 
-            def read(student):
-                image = None if tokens is None else student.image_prefix(tokens)
-                return student.memory(image, student.encode(source, source_mask), source_mask)
+        def encode(ids: Array, mask: Array) -> Array:
+            return self.bart.apply({"params": bart}, ids, mask, method="encode")
 
-            memory, mask = self.student.apply({"params": params}, method=read)
-            params = params["bart"]
-        else:
-            memory, mask = self.bart.apply({"params": params}, source, source_mask, method="encode"), source_mask
-        return decoding.greedy(self.bart, params, memory, mask, prefix, prefix_mask, max_new_tokens)
+        parts = [(encode(*source), source[1])]
+        if tokens is not None:
+            image = self.student.apply({"params": params}, tokens, method="image_prefix")
+            parts.insert(0, (image, jnp.ones(image.shape[:2], bool)))
+        if context is not None:
+            parts.insert(0, (encode(*context), context[1]))
+        memory, mask = (jnp.concatenate(part, 1) for part in zip(*parts, strict=True))
+        return decoding.greedy(self.bart, bart, memory, mask, *prefix, max_new_tokens)
 
     def _embed_step(self, params: Params, ids: Array, mask: Array) -> Array:
         def read(student):
@@ -96,6 +100,7 @@ class Predictor:
         max_new_tokens: int,
         image_tokens: np.ndarray | None = None,
         image_of: Sequence[int] | None = None,
+        contexts: Sequence[list[int]] | None = None,
     ) -> list[str]:
         """Greedy continuations, one text a row.
 
@@ -114,18 +119,20 @@ class Predictor:
         first += [] if config.forced_bos_token_id is None else [config.forced_bos_token_id]
         prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
         limit = config.max_position_embeddings
-        widths = min(_bucket(sources), limit), min(_bucket(prefixes), limit)
-        for rows, room in ((sources, limit), (prefixes, limit - max_new_tokens)):
+        contexts = [self.text.wrap(c) for c in contexts] if contexts is not None else [[]] * len(sources)
+        widths = tuple(min(_bucket(rows), limit) for rows in (sources, prefixes, contexts))
+        for rows, room in ((sources, limit), (prefixes, limit - max_new_tokens), (contexts, limit)):
             if max(map(len, rows)) > room:
                 raise UserError(f"a prompt has {max(map(len, rows))} BART tokens, there is room for {room}; shorten it")
         image_of = range(len(sources)) if image_of is None else image_of
         texts: list[str] = []
-        for rows, count in _chunks(zip(sources, prefixes, image_of, strict=True), self.batch_size):
+        for rows, count in _chunks(zip(sources, prefixes, contexts, image_of, strict=True), self.batch_size):
             rows = _fill(rows, self.batch_size)
-            tokens = None if image_tokens is None else image_tokens[[row[2] for row in rows]]
+            tokens = None if image_tokens is None else image_tokens[[row[3] for row in rows]]
             source = pad([row[0] for row in rows], widths[0], self.text.pad)
             prefix = pad([row[1] for row in rows], widths[1], self.text.pad)
-            ids = self._generate(params, tokens, *source, *prefix, max_new_tokens=max_new_tokens)
+            context = pad([row[2] for row in rows], widths[2], self.text.pad) if widths[2] else None
+            ids = self._generate(params, tokens, context, source, prefix, max_new_tokens=max_new_tokens)
             texts += [self.text.decode(row[row != self.text.pad]) for row in np.asarray(ids)[:count]]
         return texts
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,9 +103,19 @@ def init_models(output: Path, seed: int) -> None:
     save_clip(output / "clip", clip, Clip(clip).init(key, pixels, ids, ids == 0)["params"])
     bart = BartConfig(train_bart_tokenizer(texts, output / "bart"), 128, 2, 3, 4, 4, 256, 256, BART_POSITIONS)
     params = Bart(bart).init(key, ids, ids == 0, ids)["params"]
+    params = flax.traverse_util.path_aware_map(widen, params)
+    for name in ("self_attn", "encoder_attn"):
+        for layers in (params["encoder"]["layers"], params["decoder"]["layers"]):
+            if name in layers:  # like attends to like at the start: the same word, and its neighbours
+                layers[name]["k_proj"]["kernel"] = layers[name]["q_proj"]["kernel"]
     for side in ("encoder", "decoder"):
         params[side]["embed_positions"] = {"embedding": sinusoids(BART_POSITIONS + 2, bart.d_model)}
     save_bart(output / "bart", bart, params)
+
+
+def widen(path: tuple[str, ...], value: jax.Array) -> jax.Array:
+    """Kernels with variance 1 / fan-in: BART's 0.02 is meant for widths near 1,000 and is slow to leave at 128."""
+    return value / 0.02 * value.shape[-2] ** -0.5 if path[-1] == "kernel" else value
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:

@@ -127,18 +127,17 @@ def test_rows_are_the_records(encoders):
             np.testing.assert_array_equal(batch.pixels[row], alone["pixels"])
 
 
-def test_contexts_stand_beside_or_before(encoders):
+def test_contexts_stand_beside_and_prompts_carry_no_loss(encoders):
     encode = encoders[1]
     bart, rng = encode.bart_text, np.random.default_rng(0)
     record = Record("the answer is red", context="a red circle", prompt="the answer is")
     row = encode(record, rng)
-    assert row["source_ids"][row["source_mask"]].tolist() == bart.wrap([*bart.encode(record.prompt), bart.mask])
+    assert row["source_ids"][row["source_mask"]].tolist() == bart.wrap([*bart.encode("the answer is"), bart.mask])
     assert row["context_ids"][row["context_mask"]].tolist() == bart.wrap(bart.encode(record.context))
-    row = encode(Record("the answer is red", context="a red circle", prompt="the answer is", joint=True), rng)
-    joined = [*bart.encode("a red circle"), *bart.encode("the answer is"), bart.mask]
-    assert row["source_ids"][row["source_mask"]].tolist() == bart.wrap(joined)
+    assert row["text_ids"][row["target_mask"]].tolist() == [*bart.encode(" red"), bart.eos]
+    row = encode(Record("no context"), rng)
     assert not row["context_mask"].any()
-    assert not encode(Record("no context"), rng)["context_mask"].any()
+    np.testing.assert_array_equal(row["target_mask"], row["text_mask"])
 
 
 def test_long_texts(assets):

@@ -19,7 +19,7 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 20
 """Of longer strips only the middle is used: enlarged whole, 1 x 20,000 pixels would take gigabytes."""
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # check_header refuses such pictures itself
+warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd files: what matters is raised below
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:

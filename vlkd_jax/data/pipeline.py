@@ -77,8 +77,6 @@ class Encoder:
         else:
             source = infill(text, rng, bart.mask, **dataclasses.asdict(self.corruption))
         context = bart.encode(record.context) if record.context else []
-        if record.joint and context:
-            source, context = context + source, []
         for name, ids, length in (
             ("text", text, self.text_length),
             ("source", source, self.source_length),
@@ -88,6 +86,8 @@ class Encoder:
                 whole = bart.wrap(ids) if ids or name != "context" else []
                 whole = self._fit(whole, length, record, "BART's", f"data.{name}_length")
                 self._put(row, name, whole, length, bart.pad)
+        given = 1 + len(bart.encode(record.prompt)) if record.prompt else 0
+        row["target_mask"] = row["text_mask"] & (np.arange(self.text_length) >= given)
 
     def _fit(self, ids: list[int], length: int, record: Record, whose: str, field: str = "") -> list[int]:
         """`ids`, cut if that is allowed; `field`: the config field that sets `length`, where one does."""

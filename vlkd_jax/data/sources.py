@@ -26,16 +26,14 @@ class Record:
     Attributes:
       text: the clean caption or text.
       image: uint8 [height, width, 3], the path of a picture, or None for a text alone.
-      context: a text that the student may read beside the corrupted one (text-only records).
-      joint: whether context and corrupted text are encoded as one sequence rather than side by side.
-      prompt: if given, the corrupted text is exactly this and one `<mask>`, instead of random infilling.
+      context: a text that the decoder reads beside the corrupted one, where an image would stand (text-only records).
+      prompt: a start of `text` that is given: the corrupted text is it and one `<mask>`, and it carries no loss.
       name: what an error message calls this record.
     """
 
     text: str
     image: np.ndarray | Path | None = None
     context: str = ""
-    joint: bool = False
     prompt: str | None = None
     name: str = ""
 
@@ -58,8 +56,8 @@ class ShapesPairs:
 class ShapesTexts:
     """Texts of the built-in world, never a picture: descriptions, and questions with answers about a description.
 
-    A tenth are captions alone, a fifth captions beside a full description of the same scene, the rest questions with
-    their answer beside a full description; what has to be read to answer is always in the context.
+    One in twenty is a caption alone, three are captions beside a full description of the same scene, the rest questions
+    with their answer beside a full description; what has to be read to answer is always in the context.
     """
 
     def __init__(self, seed: int, split: str):
@@ -72,18 +70,17 @@ class ShapesTexts:
         scene = shapes.make_scene(self.seed, self.split, index)
         rng = shapes.generator(self.seed, self.split, index, 4)
         name = f"shapes text {self.split} {index}"
-        part, joint = rng.random(), rng.random() < 0.35
-        if part < 0.1:
+        part = rng.random()
+        if part < 0.05:
             return Record(shapes.caption(scene, rng), name=name)
         context = shapes.caption(scene, rng, complete=1.0)
-        if part < 0.3:
-            return Record(shapes.caption(scene, rng), context=context, joint=joint, name=name)
+        if part < 0.2:
+            return Record(shapes.caption(scene, rng), context=context, name=name)
         question = None
         while question is None:
             question = shapes.ask(scene, shapes.QUESTION_TYPES[int(rng.integers(len(shapes.QUESTION_TYPES)))], rng)
         prompt = f"question: {question.question} answer:"
-        masked = prompt if rng.random() < 0.75 else None
-        return Record(f"{prompt} {question.answer}", context=context, joint=joint, prompt=masked, name=name)
+        return Record(f"{prompt} {question.answer}", context=context, prompt=prompt, name=name)
 
 
 class TextLines:

@@ -15,7 +15,7 @@ from vlkd_jax.predict import Predictor
 from vlkd_jax.types import Batch, Params
 
 PROMPT = "question: {question} answer:"
-"""Forced on the decoder; the encoder reads it followed by `<mask>` (after the description, for text-only questions)."""
+"""Forced on the decoder; the encoder reads it followed by `<mask>`."""
 
 
 def mean_terms(terms: Callable, params: Params, frozen, batches: Iterable[Batch]) -> dict[str, float]:
@@ -47,11 +47,9 @@ def text_questions(seed: int, split: str, count: int) -> list[tuple[str, shapes.
 
 
 def answer_texts(predictor: Predictor, params: Params, questions, max_new_tokens: int = 10) -> list[str]:
-    """The answers of the text-only student: it reads description, question and `<mask>`, and no image."""
+    """The answers of the text-only student: a description stands in the decoder's memory where an image would."""
     text = predictor.text
-    sources, prefixes = [], []
-    for description, question in questions:
-        prompt = PROMPT.format(question=question.question)
-        sources.append(text.encode(f"{description} {prompt}") + [text.mask])
-        prefixes.append(text.encode(prompt))
-    return predictor.generate(params, sources, prefixes, max_new_tokens)
+    prompts = [text.encode(PROMPT.format(question=question.question)) for _, question in questions]
+    sources = [[*prompt, text.mask] for prompt in prompts]
+    contexts = [text.encode(description) for description, _ in questions]
+    return predictor.generate(params, sources, prompts, max_new_tokens, contexts=contexts)

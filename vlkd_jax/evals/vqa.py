@@ -20,8 +20,8 @@ there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've were
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-# A word that lacks one of its apostrophes gets it back; the official table takes it from "somebody'd". Its entries with a
-# capital I are left out: it is looked up after lower-casing, so they never match.
+# A word that lacks one of its apostrophes gets it back; the official table takes it from "somebody'd". That table's
+# entries with a capital I are left out: it is looked up after lower-casing, so they never match.
 _CONTRACTIONS = {
     word[:k] + word[k + 1 :]: word for word in _CONTRACTED.split() for k, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}

@@ -300,13 +300,12 @@ class BartConfig:
         )
 
     def to_hf(self) -> dict:
-        """A complete config.json for `BartForConditionalGeneration`; keys that are None are left out."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """A complete config.json for `BartForConditionalGeneration`."""
         return {
             "model_type": "bart",
             "architectures": ["BartForConditionalGeneration"],
             "dtype": "float32",
             "is_encoder_decoder": True,
             "tie_word_embeddings": True,
-            **values,
+            **dataclasses.asdict(self),
         }

@@ -1,0 +1,227 @@
+"""The report page: one file, the figures as given, hostile answers harmless, nothing hidden that went wrong."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from configs import suites
+from vlkd_jax.data import shapes
+from vlkd_jax.demo import _summary
+from vlkd_jax.evals import plots
+from vlkd_jax.evals.report import write_report
+from vlkd_jax.evals.shapes_suite import ShapesSuite
+from vlkd_jax.evaluate import circumstances
+
+
+class Words:
+    """A tokenizer whose only token is the whole text."""
+
+    mask = "<mask>"
+
+    def encode_template(self, template, **fields):
+        return [template.format(**fields)]
+
+    def encode(self, text):
+        return [text]
+
+
+class Replies:
+    """Stands in for a predictor: `reply(task, k, truth)` is what it says to the k-th question or picture."""
+
+    image_size, text = None, Words()
+
+    def __init__(self, suite, reply):
+        self.reply = reply
+        self.answers = [q.answer for _, _, q in shapes.question_set(suite.seed, suite.split, suite.questions)]
+        self.scenes = [shapes.make_scene(suite.seed, suite.split, k) for k in range(suite.captions)]
+
+    def encode_images(self, pictures):
+        self.count = len(list(pictures))
+        return np.zeros((self.count, 1, 1)), np.eye(self.count)
+
+    def embed_texts(self, params, texts):
+        return np.eye(len(texts), self.count)
+
+    def embed_texts_clip(self, texts):
+        return np.eye(len(texts), self.count)
+
+    def generate(self, params, sources, prefixes, limit, image_tokens=None, image_of=None, contexts=None):
+        if image_tokens is not None and image_of is None:
+            truths = [" and ".join("a {} {} {} at {}".format(*t.attributes) for t in s.things) for s in self.scenes]
+            return [self.reply("caption", k, truth) for k, truth in enumerate(truths)]
+        task = "text" if contexts is not None else "blind" if image_tokens is None else "vqa"
+        return [self.reply(task, k, self.answers[k]) for k in range(len(sources))]
+
+
+def small_suite():
+    suite = suites.get_config("shapes").shapes
+    suite.update({"seed": 2, "questions": 70, "captions": 20, "retrieval": 10, "text_questions": 35})
+    return suite
+
+
+def mixed(task, k, truth):
+    """Every third wrong; without the picture every third right."""
+    return truth if (k % 3 == 0) == (task == "blind") else "something else"
+
+
+def metric_lines():
+    train = [{"step": s, "kind": "train", "ttdm": 2 / s, "itcl": 40 / s, "icti": 60 / s} for s in range(20, 201, 20)]
+    held_out = [
+        {"step": s, "kind": "eval", "held_out/ttdm": 1 / (s + 1), "held_out/itcl": 2, "held_out/icti": 3}
+        | {"retention/text_qa": 0.75 - s / 2000, "retention/token_accuracy": 0.9}
+        for s in (0, 100, 200)
+    ]
+    return [json.dumps(line) for line in train + held_out]
+
+
+def build(directory, reply=mixed, lines=None):
+    """(page, result): the report of a run in which the model said what `reply` says."""
+    suite = small_suite()
+    runner = ShapesSuite(suite, Replies(suite, reply))
+    before, _ = ShapesSuite(suite, Replies(suite, lambda task, k, truth: "no")).run(None)
+    after, rows = runner.run(None, blind=True)
+    result = _summary(before, after, runner.majority()) | {"steps": 1234, **circumstances(2)}
+    metrics = directory / "metrics.jsonl"
+    if lines is not None:
+        metrics.write_text("\n".join(lines) + "\n")
+    path = write_report(directory / "report", result, rows, metrics, suite)
+    assert path == directory / "report" / "index.html"
+    assert list(path.parent.iterdir()) == [path]
+    return path.read_text(encoding="utf-8"), result
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Figures are not drawn: the tests that use this look at words."""
+    monkeypatch.setattr(plots, "bars", lambda *args: "data:,")
+    monkeypatch.setattr(plots, "panel", lambda *args, **options: "data:,")
+
+
+class Page(HTMLParser):
+    """Tags, addresses, alternative texts, and the text of every table row."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.alts, self.rows, self.words = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [attrs[k] for k in ("src", "srcset", "href", "action", "data") if k in attrs]
+        self.alts += [attrs.get("alt", "")] if tag == "img" else []
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append([])
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.rows and self.rows[-1] and data.strip():
+            self.rows[-1][-1].append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("whole"), lines=metric_lines())
+
+
+def test_everything_is_inlined(whole):
+    text, _ = whole
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "a"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(|\son\w+=|\$\w", re.sub(r'"data:[^"]*"', '""', text))
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert len(page.alts) == page.tags.count("img") > 20
+    assert all(page.alts)
+
+
+def test_figures_are_those_given(whole):
+    text, result = whole
+    rows = {row[0][0]: [cell[:1] for cell in row[1:]] for row in Page(text).rows}
+
+    def told(*values):
+        return [["–"] if value is None else [f"{100 * value:.1f}%"] for value in values]
+
+    vqa, caption, text_qa, retrieval = (result[name] for name in ("vqa", "caption", "text_qa", "retrieval"))
+    for label, f in {"all questions": vqa, **vqa["by_type"]}.items():
+        assert rows[label] == told(f["before"], f["after"], f["blind"], f["majority"])
+    for label, name in (("attribute F1", "attribute_f1"), ("right in every detail", "exact_match")):
+        assert rows[f"captions: {label}"] == told(caption[name]["before"], caption[name]["after"], None)
+    assert rows["text-only questions, no picture"] == told(text_qa["before"], text_qa["after"], None)
+    expected = told(retrieval["before"], retrieval["r_at_1"], retrieval["clip_r_at_1"])
+    assert rows["retrieval: the right picture first"] == expected
+    low, high = vqa["after_interval"]
+    assert f"(95% interval {100 * low:.1f}–{100 * high:.1f})" in text
+    for value in ("1,234 steps", result["date"], result["versions"]["jax"], *result["devices"]):
+        assert value in text
+
+
+def test_right_and_wrong_examples_are_marked_in_words(whole):
+    text, _ = whole
+    assert text.count("✓ right</p>") == text.count("✗ wrong</p>") == len(shapes.QUESTION_TYPES)
+    assert text.count("✓ right in every detail</p>") == text.count("✗ wrong in places: attribute F1") == 4
+    assert "Picked by rule" in text
+    suite = small_suite()
+    _, _, first = next(shapes.question_set(suite.seed, suite.split, 1))
+    assert f"“{first.question}”" in text  # the sample beside the introduction
+
+
+def test_the_story_says_whether_the_picture_helps(tmp_path, no_drawing):
+    better, _ = build(tmp_path, mixed)
+    assert "seeing the picture makes the difference (+" in better
+    same, _ = build(tmp_path, lambda task, k, truth: truth if k % 2 else "no idea")
+    assert "no effect of the picture" in same
+    worse, _ = build(tmp_path, lambda task, k, truth: truth if task == "blind" else "no idea")
+    assert "<strong>worse</strong> with the picture" in worse
+
+
+def test_hostile_answers_are_escaped(tmp_path, no_drawing):
+    hostile = "</p><script>alert('1')</script>\x00\u202e\ud800\n\"&amp;${style} $style"
+    text, _ = build(tmp_path, lambda task, k, truth: truth if k % 2 else hostile)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;" in text
+    assert "&amp;amp;${style} $style" in text
+    assert not set("\x00\u202e\ud800") & set(text)
+    assert sum("<script>alert" in word for word in page.words) >= 7
+
+
+def test_empty_answers_are_told(tmp_path, no_drawing):
+    text, _ = build(tmp_path, lambda task, k, truth: "" if task == "vqa" else truth)
+    assert "<em>nothing</em>" in text
+
+
+def test_no_wrong_answers_and_no_right_ones(tmp_path, no_drawing):
+    text, _ = build(tmp_path, lambda task, k, truth: truth)
+    assert "✗" not in text
+    assert text.count("No question of this type was answered wrong.") == len(shapes.QUESTION_TYPES)
+    assert "No caption was wrong." in text
+    text, _ = build(tmp_path, lambda task, k, truth: "mu")
+    assert "✓" not in text
+    assert text.count("No question of this type was answered right.") == len(shapes.QUESTION_TYPES)
+
+
+def test_metrics_without_held_out_figures(tmp_path):
+    text, _ = build(tmp_path, lines=[line for line in metric_lines() if "eval" not in line])
+    assert "No held-out figures were recorded" in text
+    assert sum(alt.startswith("Curves of ") for alt in Page(text).alts) == 3
+
+
+def test_metrics_missing_broken_or_logged_twice(tmp_path, no_drawing):
+    text, _ = build(tmp_path)
+    assert "No losses were recorded" in text
+    again = json.dumps({"step": 200, "kind": "train", "ttdm": 0.125, "itcl": float("nan"), "icti": 1.0})
+    text, _ = build(tmp_path, lines=[*metric_lines(), '{"step": 300, "kind"', again])
+    assert "Lines of metrics.jsonl that could not be read: 1." in text
+    alts = Page(text).alts
+    assert any("training: 0.1 at step 20, 0.125 at step 200" in alt for alt in alts)  # the later line counts
+    assert any("training: 2 at step 20, 0.222 at step 180" in alt for alt in alts)  # what is not finite is left out
+
+
+def test_smoothing_is_a_centred_mean():
+    assert plots.smooth([0, 3, 6, 0], window=3).tolist() == [1.5, 3, 3, 3]
+    assert plots.smooth([5]).tolist() == [5]

@@ -1,0 +1,61 @@
+"""How a program ends: one line and a documented exit code for what the user can mend, a traceback for the rest."""
+
+import errno
+import os
+import threading
+
+import pytest
+
+from vlkd_jax import entry
+from vlkd_jax.errors import UserError
+
+
+def ending(capsys, error):
+    """(exit code, standard error) of a program whose main raises `error`."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        entry.run(main, lambda: None, argv=["program"])
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_exit_codes(capsys, monkeypatch):
+    monkeypatch.setattr(entry, "_has_threads", lambda: False)
+    assert ending(capsys, UserError("a.json: field x\n  is  5;\tmake it 6")) == (
+        2,
+        "error: a.json: field x is 5; make it 6\n",
+    )
+    assert ending(capsys, entry.Diverged("10 updates")) == (3, "error: 10 updates\n")
+    code, err = ending(capsys, OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"))
+    assert code == 2 and err.startswith("error: metrics.jsonl: no space left") and err.count("\n") == 1
+    for fault in (OSError(errno.EIO, "broken"), KeyError("x"), ValueError("y")):
+        with pytest.raises(type(fault)):
+            ending(capsys, fault)
+
+
+def test_a_program_that_succeeds_just_returns(capsys):
+    assert entry.run(lambda: None, lambda: None, argv=["program"]) is None
+    with pytest.raises(SystemExit):
+        entry.run(lambda: None, lambda: None, argv=["program", "stray"])
+    assert "stray" in capsys.readouterr().err
+
+
+def test_threads_that_read_ahead_do_not_keep_it_alive(capsys, monkeypatch):
+    """A thread that is no daemon would otherwise hold the process after the error."""
+    codes, release = [], threading.Event()
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        assert ending(capsys, UserError("x")) == (2, "error: x\n")
+    finally:
+        release.set()
+        thread.join()
+    assert codes == [2]
