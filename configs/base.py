@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
                 "images": "",  # folder: where the images lie
                 "validation_every": 20,  # folder: every 20th pair is held out
-                "replay": "",  # texts for loss.text and retention: shapes_texts, captions (this run's), a file with a text a line
+                "replay": "",  # texts for loss.text and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)
                 "text_length": 64,  # tokens of a clean caption, <s> and </s> included
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
             },
             "early_stop": {
                 "metric": "",  # e.g. retention/text_qa; empty: off
-                "max_drop": 0.03,  # stop when it is more than this below its value at the start; the last good checkpoint stays
+                "max_drop": 0.03,  # stop when it falls further below its start; the last good checkpoint stays
             },
             "nan_limit": 10,  # stop after so many updates in a row that were not finite
             "log_every": 20,

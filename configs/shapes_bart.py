@@ -1,7 +1,8 @@
 """Pre-trains the built-in world's BART on texts alone: descriptions, and questions answered from a description."""
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,8 @@
 """Pre-trains the built-in world's CLIP: contrastive, with runs of near-identical scenes as hard negatives."""
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,8 @@
 """Distillation on the built-in world: what the demo runs."""
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

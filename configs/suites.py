@@ -1,6 +1,6 @@
 """Evaluation suites by name: `--config=configs/suites.py:shapes,vqav2`; any field can be overridden.
 
-Prompts: the encoder reads the one with `<mask>`, the decoder is forced through the other, and what it adds is the answer.
+Prompts: the encoder reads the one with `<mask>`, the decoder is forced through the other; what it adds is the answer.
 """
 
 from ml_collections import ConfigDict

@@ -15,9 +15,8 @@ HEAVY = ("jax", "flax", "numpy", "absl", "orbax", "transformers")
 
 
 def run(*argv, command=("-m", "vlkd_jax")):
-    return subprocess.run(
-        [sys.executable, *command, *argv], capture_output=True, text=True, env=environment(), cwd=ROOT
-    )
+    whole = [sys.executable, *command, *argv]
+    return subprocess.run(whole, capture_output=True, text=True, env=environment(), cwd=ROOT)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["demo", "-h"]])

@@ -107,7 +107,9 @@ def _text_encoder(config: ConfigDict, text: BartText, positions: int, **more) ->
     data = config.data
     for field in ("text_length", "source_length", "context_length", "replay_length"):
         if data[field] > positions:
-            raise UserError(f"config.data.{field} is {data[field]}; the BART in {config.bart} has {positions} positions")
+            raise UserError(
+                f"config.data.{field} is {data[field]}; the BART in {config.bart} has {positions} positions"
+            )
     return Encoder(
         bart_text=text,
         text_length=data.text_length,
@@ -119,7 +121,7 @@ def _text_encoder(config: ConfigDict, text: BartText, positions: int, **more) ->
 
 
 def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> tuple[Array, Array, Array]:
-    """The frozen teacher's (image tokens [B, N, E], image embedding [B, E], text embedding [B, E]), without gradient."""
+    """The frozen teacher's (image tokens [B, N, E], image embedding [B, E], text embedding [B, E]); no gradient."""
     params = jax.lax.stop_gradient(params)
     output = teacher.apply({"params": params}, batch.pixels, method="encode_images")
     text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")

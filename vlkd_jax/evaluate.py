@@ -1,7 +1,7 @@
 """Zero-shot evaluation of a run's newest checkpoint.
 
-`python -m vlkd_jax.evaluate --config=configs/suites.py:NAME[,NAME] --checkpoint=DIR --workdir=OUT`, DIR being the workdir
-of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.jsonl.
+`python -m vlkd_jax.evaluate --config=configs/suites.py:NAME[,NAME] --checkpoint=DIR --workdir=OUT`, DIR being the
+workdir of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.metrics import say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
-from vlkd_jax.train import abstract, start_state
+from vlkd_jax.train import start_state
 from vlkd_jax.types import Params
 from vlkd_jax.workdir import CONFIG_FILE, write_atomic
 
@@ -66,7 +66,9 @@ def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Pa
             metrics, rows = run(suite, predictor, params)
         write_predictions(workdir / name, rows)
         found[name] = {**metrics, "suite": suite.to_dict(), "seconds": round(time.monotonic() - before, 2)}
-        say(f"{name}: {len(rows)} predictions in {found[name]['seconds']:.1f} s, {workdir / name / 'predictions.jsonl'}")
+        say(
+            f"{name}: {len(rows)} predictions in {found[name]['seconds']:.1f} s, {workdir / name / 'predictions.jsonl'}"
+        )
     return found
 
 
@@ -111,11 +113,17 @@ def main() -> None:
     suites, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     config, objective, params, step = load_run(flags.FLAGS.checkpoint)
     if objective.teacher is None:
-        raise UserError(f"{flags.FLAGS.checkpoint}: a run of objective {config.objective}; suites need one of objective vlkd")
+        raise UserError(
+            f"{flags.FLAGS.checkpoint}: a run of objective {config.objective}; suites need one of objective vlkd"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(objective, config.student.image_tokens, suites.batch_size)
     found = evaluate(suites, predictor, params, objective.params, workdir)
-    result = {"suites": found, "checkpoint": {"directory": flags.FLAGS.checkpoint, "step": step}, **circumstances(config.seed)}
+    result = {
+        "suites": found,
+        "checkpoint": {"directory": flags.FLAGS.checkpoint, "step": step},
+        **circumstances(config.seed),
+    }
     result |= {"dtype": config.dtype, "batch_size": suites.batch_size, "decoding": "greedy"}
     write_atomic(workdir / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
     say(f"wrote {workdir / 'metrics.json'}")

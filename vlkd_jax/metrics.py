@@ -15,20 +15,19 @@ class MetricWriter:
     def __init__(self, workdir: Path):
         from tensorboardX import SummaryWriter
 
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
         self._board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line {"step", "kind", "time", name: value, ...} and one scalar `kind/name` each."""
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flushes both."""
-        self._file.close()
+        """Flushes the TensorBoard events."""
         self._board.close()
 
 

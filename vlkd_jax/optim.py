@@ -26,7 +26,7 @@ def schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
 
 
 def groups(params: Params) -> Params:
-    """"linears" or "model" for each parameter."""
+    """ "linears" or "model" for each parameter."""
     return flax.traverse_util.path_aware_map(lambda path, _: "linears" if path[0] in LINEARS else "model", params)
 
 

@@ -84,7 +84,9 @@ class Predictor:
         """The teacher's text embeddings [n, E], L2-normalised; texts are cut at CLIP's positions."""
         ids = [self.clip_text.encode(text) for text in texts]
         ids = [i if len(i) <= self.clip_length else [*i[: self.clip_length - 1], i[-1]] for i in ids]
-        return self._over_texts(lambda i, m: self._embed_clip(self.clip_params, i, m), ids, self.clip_text.pad, self.clip_length)
+        return self._over_texts(
+            lambda i, m: self._embed_clip(self.clip_params, i, m), ids, self.clip_text.pad, self.clip_length
+        )
 
     def _over_texts(self, function, ids: list[list[int]], pad_id: int, width: int) -> np.ndarray:
         parts = []

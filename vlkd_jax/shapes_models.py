@@ -64,7 +64,11 @@ def train_clip_tokenizer(texts: list[str], directory: Path, vocab_size: int = 90
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -121,15 +125,15 @@ def widen(path: tuple[str, ...], value: jax.Array) -> jax.Array:
 def sinusoids(length: int, width: int) -> np.ndarray:
     """Vaswani et al. 2017's position table, float32 [length, width], at the embeddings' scale (0.02).
 
-    Only a start for the learned positions: "the token before" is then the same rotation everywhere, and a model this small
-    learns within minutes which words belong together.
+    Only a start for the learned positions: "the token before" is then the same rotation everywhere, which a model
+    this small is otherwise slow to find.
     """
     angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(width // 2) / (width // 2))
     return (0.02 * np.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], 1)).astype(np.float32)
 
 
 def export_models(output: Path, runs: Path) -> None:
-    """Writes the models trained in `runs/clip` and `runs/bart`, with their tokenizers, to `output/clip` and `output/bart`."""
+    """Writes the models trained in `runs/clip` and `runs/bart`, with their tokenizers, to `output`."""
     for name, save in (("clip", save_clip), ("bart", save_bart)):
         config, objective, params, _ = load_run(runs / name)
         (output / name).mkdir(parents=True, exist_ok=True)

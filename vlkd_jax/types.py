@@ -25,7 +25,7 @@ class Batch:
       index: int64 [B], which record of the source each row is (to name the rows of a bad batch).
       pixels: float32 [B, height, width, 3], normalised with CLIP's statistics.
       clip_ids, clip_mask: int32 and bool [B, 77 or the model's positions], the clean caption in CLIP's tokens.
-      text_ids, text_mask: int32 and bool [B, L], the clean text in BART's tokens, from `<s>` to `</s>`; also the target.
+      text_ids, text_mask: int32 and bool [B, L], the clean text in BART's tokens, `<s>` to `</s>`; also the target.
       target_mask: bool [B, L], which of text_ids the losses count: all but padding and a given prompt.
       source_ids, source_mask: int32 and bool [B, S], the corrupted text that the student's encoder reads.
       context_ids, context_mask: int32 and bool [B, C], a text the decoder may read beside it (text-only records).

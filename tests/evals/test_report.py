@@ -163,7 +163,7 @@ def test_figures_are_those_given(whole):
 def test_right_and_wrong_examples_are_marked_in_words(whole):
     text, _ = whole
     assert text.count("✓ right</p>") == text.count("✗ wrong</p>") == len(shapes.QUESTION_TYPES)
-    assert text.count("✓ right in every detail</p>") == text.count("✗ wrong in places: attribute F1") == 4
+    assert text.count("✓ right in every detail</p>") == text.count("✗ wrong: attribute F1") == 4
     assert "Picked by rule" in text
     suite = small_suite()
     _, _, first = next(shapes.question_set(suite.seed, suite.split, 1))

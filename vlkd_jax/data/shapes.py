@@ -95,9 +95,7 @@ def _place(rng: np.random.Generator, color: str, shape: str, quadrant: int, size
     radius = float(rng.uniform(*RADII[size]))
     half = IMAGE_SIZE // 2
     x, y = rng.uniform(radius + 1, half - 1 - radius, size=2)
-    return Thing(
-        shape, color, size, POSITIONS[quadrant], x + half * (quadrant % 2), y + half * (quadrant // 2), radius
-    )
+    return Thing(shape, color, size, POSITIONS[quadrant], x + half * (quadrant % 2), y + half * (quadrant // 2), radius)
 
 
 def twin(scene: Scene, rng: np.random.Generator) -> Scene:

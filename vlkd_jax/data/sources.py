@@ -191,7 +191,9 @@ def _coco_pairs(path: Path) -> list[tuple[str, str, str]]:
     data = read_json(path)
     try:
         files = {image["id"]: image["file_name"] for image in data["images"]}
-        rows = [(f"annotation {a.get('id', k)}", a["image_id"], a["caption"]) for k, a in enumerate(data["annotations"])]
+        rows = [
+            (f"annotation {a.get('id', k)}", a["image_id"], a["caption"]) for k, a in enumerate(data["annotations"])
+        ]
         unknown = [where for where, image, _ in rows if image not in files]
     except KeyError as e:
         raise UserError(f"{path}: field {e} is missing; a COCO captions file has images and annotations") from e

@@ -50,7 +50,8 @@ def train_stream(config: ConfigDict, objective: Objective, start: int) -> Iterat
         "batch_size": config.batch_size,
         "seed": config.seed,
         "start": start,
-        "shuffle": config.data.source == "folder",  # the built-in world's order is random already, and twins stay together
+        # the built-in world's order is random already, and its twins stay together
+        "shuffle": config.data.source == "folder",
         "process": (jax.process_index(), jax.process_count()),
         "threads": config.data.threads,
     }

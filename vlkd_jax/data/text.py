@@ -26,7 +26,9 @@ class BartText:
         self._tokenizer = _load(BartTokenizer, directory)
         names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "mask": "<mask>"}
         ids = {k: self._tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
-        missing = [names[k] for k, v in ids.items() if v is None or self._tokenizer.convert_ids_to_tokens(v) != names[k]]
+        missing = [
+            names[k] for k, v in ids.items() if v is None or self._tokenizer.convert_ids_to_tokens(v) != names[k]
+        ]
         if missing:
             raise UserError(f"{directory}: the tokenizer has no {', '.join(missing)}; point bart at a BART directory")
         self.bos, self.pad, self.eos, self.mask = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
@@ -125,7 +127,7 @@ def infill(
 ) -> list[int]:
     """BART's text infilling (Lewis et al. 2020, section 2.2), per text, without `<s>` and `</s>`.
 
-    Spans with lengths from Poisson(`poisson`) are drawn until they cover `ratio` of the tokens (rounded at random so that
+    Spans with lengths from Poisson(`poisson`) are drawn until they cover `ratio` of the tokens (rounded at random, so
     the mean is exact; the last span is cut to fit); each becomes one mask; a span of length zero inserts one. Spans are
     placed uniformly and never overlap. With probability `mask_all` the whole text becomes one mask.
     """

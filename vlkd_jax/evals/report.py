@@ -273,9 +273,9 @@ def _caption_examples(rows: Rows, suite: ConfigDict) -> str:
 
     def card(row: dict[str, Any]) -> str:
         right = row["score"] == 1
-        lead, lines = _said(f"{row['prompt']} {row['raw']}"), {"really": _text(row["answers"][0])}
-        verdict = "right in every detail" if right else f"wrong in places: attribute F1 {_percent(row['score'])}"
-        return _card(suite, row, right, verdict, f"<strong>{lead}</strong>", lines)
+        lead, lines = _said(f"{row['prompt']} {row['raw']}"), {"reference": _text(row["answers"][0])}
+        verdict = "right in every detail" if right else f"wrong: attribute F1 {_percent(row['score'])}"
+        return _card(suite, row, right, verdict, lead, lines)
 
     made = [row for row in rows if row["task"] == "caption"]
     right, wrong = (_first(made, lambda row, r=r: (row["score"] == 1) == r, CAPTION_EXAMPLES) for r in (True, False))
