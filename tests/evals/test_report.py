@@ -10,10 +10,18 @@ import pytest
 from configs import suites
 from vlkd_jax.data import shapes
 from vlkd_jax.demo import _summary
-from vlkd_jax.evals import plots
+from vlkd_jax.evals import plots, statistics
 from vlkd_jax.evals.report import write_report
 from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.evaluate import circumstances
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_intervals():
+    """Fewer resamples: the intervals themselves are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 100)
+        yield
 
 
 class Words:

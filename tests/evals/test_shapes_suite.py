@@ -11,10 +11,19 @@ from configs import suites
 from vlkd_jax.data import shapes
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
+from vlkd_jax.evals import statistics
 from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.predict import Predictor
 
 KEYS = {"task", "id", "image", "prompt", "raw", "normalised", "answers", "score"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_intervals():
+    """Fewer resamples: the intervals themselves are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 100)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,7 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
         "questions": _question_examples(rows, suite, list(result["vqa"]["by_type"])),
         "losses": _loss_curves(train, held_out),
         "retention": _retention_curves(held_out),
-        "unreadable": f"<p>{unreadable} lines of metrics.jsonl could not be read and are left out.</p>"
-        if unreadable
-        else "",
+        "unreadable": f"<p>Lines of metrics.jsonl that could not be read: {unreadable}.</p>" if unreadable else "",
         "circumstances": _circumstances(result, suite),
     }
     directory.mkdir(parents=True, exist_ok=True)
