@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face torch models, made on the spot; no network, no weights on disk beforehand."""
+"""Tiny random models, made on the spot: no network, no weights on disk. Tests marked shared_data need that folder."""
 
 import functools
 import os
@@ -11,6 +11,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jax
 import numpy as np
 import pytest
+from tiny import SHARED_DATA, make_assets
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if SHARED_DATA.is_dir():
+        return
+    absent = [item for item in items if item.get_closest_marker("shared_data")]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> pathlib.Path:
+    """A directory with clip/ and bart/ of `tiny.make_assets`."""
+    return make_assets(tmp_path_factory.getbasetemp())
 
 
 class TorchModel(NamedTuple):

@@ -73,19 +73,24 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
     """
     try:
         rest = flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError) as e:
-        raise UserError(_explain(str(e))) from e
+        missing = [name for name in required if flags.FLAGS[name].value is None]  # a config loads when it is looked at
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+        raise UserError(_explain(str(e), argv)) from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    missing = [name for name in required if flags.FLAGS[name].value is None]
     if missing:
         raise UserError(f"missing --{missing[0]}=...; see --help")
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, argv: Sequence[str]) -> str:
+    near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", message)
+    named = [a.split("=")[0] for a in argv if near and near[2] in a.split("=")[0].split(".")]
+    if named:  # ml_collections names only the last part of the key
+        meant = ".".join(near[1] if part == near[2] else part for part in named[0].split("."))
+        return f"unknown config key {named[0]}; did you mean {meant}?"
     unknown = re.search(r"Unknown command line flag '(config\.[\w.]+)'", message)
     if unknown:
         known = [name for name in flags.FLAGS if name.startswith("config.")]
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        return f"unknown config key --{unknown[1]}" + (f"; did you mean --{near[0]}?" if near else "")
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        return f"unknown config key --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "")
     return message.replace("\n", " ")

@@ -37,7 +37,8 @@ table.</figcaption>
 <p class="note">An answer counts when it equals the right one, but for case, punctuation and articles. Small print: 95%
 intervals by bootstrap over pictures ($resamples resamples; all questions about one picture stay together); where every
 answer scored the same, the interval shrinks to a point and says little. Most frequent answer: what always giving the
-answer that is right most often for this type of question would score, counted on these very questions.</p>
+answer that is right most often for this type of question would score, counted on these very questions. The words of a
+question alone can be worth more: one about a relation names its two possible answers.</p>
 </section>
 
 <section>
@@ -112,7 +113,7 @@ p { margin: .5rem 0; max-width: 44rem; }
 figure { margin: 1rem 0; }
 figure img:not(.scene), .panels img { display: block; width: 100%; height: auto; }
 .beside { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center; }
-.beside img { width: 360px; max-width: 100%; }
+figure.beside img { width: 360px; max-width: 100%; }
 .beside figcaption { flex: 1 1 16rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 1rem; }
 .panels img { max-width: 420px; }

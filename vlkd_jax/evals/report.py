@@ -285,11 +285,14 @@ def _first(rows: Rows, fits: Callable[[dict[str, Any]], bool], count: int) -> Ro
 
 
 def _pair(card: Callable[[dict[str, Any]], str], right: Rows, wrong: Rows, none: str) -> str:
-    columns = (
-        "".join(map(card, some)) or f'<p class="none">{none} {name}.</p>'
-        for name, some in (("right", right), ("wrong", wrong))
+    """Right ones beside wrong ones; where there are none of a kind, words say so and the others take both columns."""
+    if right and wrong:
+        columns = ["".join(map(card, some)) for some in (right, wrong)]
+        return '<div class="pair">' + "".join(f"<div>{column}</div>" for column in columns) + "</div>"
+    told = "".join(
+        f'<p class="none">{none} {name}.</p>' for name, some in (("right", right), ("wrong", wrong)) if not some
     )
-    return '<div class="pair">' + "".join(f"<div>{column}</div>" for column in columns) + "</div>"
+    return f'{told}<div class="pair">{"".join(map(card, right + wrong))}</div>'
 
 
 # Curves
