@@ -44,6 +44,8 @@ def run(
     except UserError as e:
         _leave(str(e), 3 if isinstance(e, Diverged) else 2)
     except OSError as e:
+        if e.errno is None:  # ml_collections tells of a config file it could not load when the config is first used
+            _leave(str(e), 2)
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _leave(f"{e.filename or 'a file of this run'}: no space left to write it; free some space and start again", 2)
@@ -73,7 +75,7 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
     """
     try:
         rest = flags.FLAGS(list(argv))
-        missing = [name for name in required if flags.FLAGS[name].value is None]  # a config loads when it is looked at
+        missing = [name for name in required if flags.FLAGS[name].value is None]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
         raise UserError(_explain(str(e), argv)) from e
     if len(rest) > 1:
