@@ -280,7 +280,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     def step(state: TrainState, frozen, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         (total, means), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, rng)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
