@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,16 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
 
 
 def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str, Any]:
-    """The figures of demo.json, fractions between 0 and 1, each with its 95% interval where there is one."""
+    """The figures of demo.json, fractions between 0 and 1, with their 95% intervals."""
+
+    def change(of: Callable[[dict], dict], name: str) -> dict[str, Any]:
+        pair = (("before", of(before)), ("after", of(after)))
+        return {f"{when}{end}": found[f"{name}{end}"] for when, found in pair for end in ("", "_interval")}
+
     by_type = {
         kind: {
             "before": before["vqa"]["by_type"][kind]["accuracy"],
+            "before_interval": before["vqa"]["by_type"][kind]["interval"],
             "after": figures["accuracy"],
             "after_interval": figures["interval"],
             "blind": after["vqa_blind"]["by_type"][kind]["accuracy"],
@@ -106,26 +113,15 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
     return {
         "n": after["vqa"]["n"],
         "vqa": {
-            "before": before["vqa"]["overall"],
-            "after": after["vqa"]["overall"],
-            "after_interval": after["vqa"]["overall_interval"],
+            **change(lambda found: found["vqa"], "overall"),
             "blind": after["vqa_blind"]["overall"],
             "majority": majority["overall"],
             "by_type": by_type,
         },
-        "caption": {
-            name: {
-                "before": before["caption"][name],
-                "after": after["caption"][name],
-                "after_interval": after["caption"][f"{name}_interval"],
-            }
-            for name in ("attribute_f1", "exact_match")
-        }
+        "caption": {name: change(lambda found: found["caption"], name) for name in ("attribute_f1", "exact_match")}
         | {"n": after["caption"]["n"], "distinct": after["caption"]["distinct"]},
         "text_qa": {
-            "before": before["text_qa"]["overall"],
-            "after": after["text_qa"]["overall"],
-            "after_interval": after["text_qa"]["overall_interval"],
+            **change(lambda found: found["text_qa"], "overall"),
             "n": after["text_qa"]["n"],
         },
         "retrieval": {**after["retrieval"], "before": before["retrieval"]["r_at_1"]},

@@ -33,6 +33,7 @@ def run(
     module's docstring and its flags instead.
     """
     logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing
     argv, others = sys.argv if argv is None else argv, set(flags.FLAGS)
     define_flags()
     if {"-h", "--help"} & set(argv[1:]):

@@ -23,7 +23,7 @@ COLORS = {
     "cyan": (60, 210, 220),
     "white": (240, 240, 240),
 }
-RADII = {"small": (5.5, 7.5), "large": (11.0, 15.0)}
+RADII = {"small": (7.0, 9.0), "large": (12.5, 16.0)}
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three")
 SPLITS = ("train", "validation", "test")
@@ -99,25 +99,28 @@ def _place(rng: np.random.Generator, color: str, shape: str, quadrant: int, size
 
 
 def twin(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute of one object changed: a hard negative for contrastive pre-training."""
+    """The scene with one attribute of one object changed, or two objects changing places: a hard negative for CLIP."""
     things = list(scene.things)
     k = int(rng.integers(len(things)))
     thing = things[k]
-    change = int(rng.integers(5))
+    change = ("size", "color", "position", "position", "shape", "shape")[int(rng.integers(6))]  # hard ones twice
     color, shape, size, quadrant = thing.color, thing.shape, thing.size, POSITIONS.index(thing.position)
     others = [(t.color, t.shape) for i, t in enumerate(things) if i != k]
-    if change == 0:
+    if change == "size":
         size = "large" if size == "small" else "small"
-    elif change == 1:
-        free = [q for q in range(4) if POSITIONS[q] not in {t.position for t in things}]
-        quadrant = free[int(rng.integers(len(free)))]
-    else:  # shapes are the hardest to see, so they change twice as often as colours
+    elif change == "position":  # an object that is there already makes room
+        other = [q for q in range(4) if q != quadrant][int(rng.integers(3))]
+        things = [
+            _place(rng, t.color, t.shape, quadrant, t.size) if t.position == POSITIONS[other] else t for t in things
+        ]
+        quadrant = other
+    else:
         options = [
             (c, s)
             for c in COLORS
             for s in SHAPES
             if (c, s) not in HELD_OUT and (c, s) not in others and ((c == color) != (s == shape))
-            if (s == shape) == (change == 2)
+            if (s == shape) == (change == "color")
         ]
         color, shape = options[int(rng.integers(len(options)))]
     things[k] = _place(rng, color, shape, quadrant, size)
@@ -305,22 +308,22 @@ def question_set(seed: int, split: str, count: int) -> Iterator[tuple[int, Scene
 
 
 def parse_caption(text: str) -> list[tuple[str, str, str, str]]:
-    """Reads "a small red circle at top left ..." phrases back: (size, colour, shape, position), "" where unsaid.
+    """Reads the captions of this world back: (size, colour, shape, position) of each object, "" where unsaid.
 
-    Each shape word ends a phrase; the size and colour words since the last phrase belong to it, and a position that
-    follows it before the next object's first word does too. Other words are passed over.
+    Each shape word is an object; the size and colour words before it belong to it, and one right after "is" to the
+    object before. A position belongs to the object before it or, where that has one or there is none, to the next one.
+    Other words are passed over.
     """
     words = text.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
     found: list[list[str]] = []
-    size = color = ""
-    for k, word in enumerate(words):
-        if word in RADII:
-            size = word
-        elif word in COLORS:
-            color = word
+    ahead = ["", "", "", ""]
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        if word in RADII or word in COLORS:
+            field = int(word in COLORS)
+            (found[-1] if found and before == "is" else ahead)[field] = word
         elif word in SHAPES:
-            found.append([size, color, word, ""])
-            size = color = ""
-        elif word in ("top", "bottom") and found and k + 1 < len(words) and words[k + 1] in ("left", "right"):
-            found[-1][3] = found[-1][3] or f"{word} {words[k + 1]}"
+            found.append([*ahead[:2], word, ahead[3]])
+            ahead = ["", "", "", ""]
+        elif f"{word} {after}" in POSITIONS:
+            (found[-1] if found and not found[-1][3] else ahead)[3] = f"{word} {after}"
     return [tuple(f) for f in found]

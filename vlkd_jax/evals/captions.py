@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from vlkd_jax.data.shapes import Scene, parse_caption
 from vlkd_jax.evals.vqa import plain
@@ -18,11 +20,10 @@ def scene_match(caption: str, scene: Scene) -> tuple[bool, int, int, int]:
     `exact`: every object with every attribute, and nothing more.
     """
     said, true = parse_caption(caption), [t.attributes for t in scene.things]
-    few, many = sorted((said, true), key=len)
-    right = max(
-        sum(a == b != "" for one, other in zip(few, order, strict=True) for a, b in zip(one, other, strict=True))
-        for order in itertools.permutations(many[:6], len(few))
-    )
+    agree = np.zeros((len(said), len(true)), int)
+    for row, column in np.ndindex(agree.shape):
+        agree[row, column] = sum(a == b != "" for a, b in zip(said[row], true[column], strict=True))
+    right = int(agree[linear_sum_assignment(agree, maximize=True)].sum())
     return Counter(said) == Counter(true), right, sum(a != "" for one in said for a in one), 4 * len(true)
 
 

@@ -43,7 +43,10 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> Non
     """Write through a temporary neighbour, so that `path` is either the old file or the whole new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors writes for the owner alone
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)

@@ -209,11 +209,11 @@ class Bart(nn.Module):
         return self.decoder(self._embed(decoder_input_ids), memory, memory_mask, deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> [..., V] float32: the tied, unscaled embedding and `final_logits_bias`."""
+        """hidden [..., D] -> [..., V] float32: the tied, unscaled embedding, and `final_logits_bias`, never trained."""
         table = self.shared.embedding.astype(self.dtype)
         hidden = hidden.astype(self.dtype)
         scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return scores + self.final_logits_bias[0]
+        return scores + jax.lax.stop_gradient(self.final_logits_bias[0])  # a buffer in Hugging Face
 
     def cross_cache(self, memory: jax.Array) -> KeyValue:
         """Cross-attention keys and values of memory [B, M, D], once for all steps: leaves [layers, B, M, H, K]."""

@@ -45,7 +45,8 @@ Dense = functools.partial(nn.Dense, dot_general=_dot_general)
 
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x * Phi(x), through erf (jax.nn.gelu's erfc costs several times as much on a CPU). Any shape."""
-    return x * (0.5 * (1 + lax.erf(x * 0.7071067811865476)))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # below it, 1 + erf cancels
+    return (wide * (0.5 * (1 + lax.erf(wide * 0.7071067811865476)))).astype(x.dtype)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
