@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.objective = "bart_denoise"
     config.bart = "assets/shapes/bart"
-    config.steps = 2600
+    config.steps = 5000
     config.batch_size = 64
     config.data.source = "shapes_texts"
     config.data.text_length = 30
@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.optim.warmup = 200
     config.data.replay_length = 32
     config.eval.every = 250
-    config.save_every = 250
+    config.save_every = 500
     config.log_every = 50
     return config

@@ -9,13 +9,17 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.clip = "assets/shapes/clip"
     config.bart = "assets/shapes/bart"
-    config.steps = 600
+    config.steps = 1100
     config.batch_size = 64
+    config.student.image_tokens = "hidden"  # this small CLIP's projection keeps little of a patch's own content
+    config.data.complete = 1.0
     config.corruption.mask_all = 0.7  # captioning starts from one mask: most of what there is to read is in the picture
     config.data.text_length = 30
     config.data.source_length = 32
     config.data.context_length = 30
     config.data.replay_length = 32
-    config.eval.every = 150
-    config.save_every = 300
+    config.optim.lr = 3e-4
+    config.optim.lr_linears = 3e-3
+    config.eval.every = 220
+    config.save_every = 550
     return config
