@@ -9,9 +9,9 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.objective = "clip_contrastive"
     config.clip = "assets/shapes/clip"
-    config.steps = 6000
+    config.steps = 5000
     config.batch_size = 64
-    config.data.twins = 4
+    config.data.twins = 8
     config.data.complete = 0.85
     config.optim.lr = 1e-3
     config.optim.warmup = 200

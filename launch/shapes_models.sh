@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes assets/shapes again: tokenizers, random weights, pre-training of both models, export. About two hours on two cores.
+# Makes assets/shapes again: tokenizers, random weights, pre-training of both models, export. About an hour on two cores.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -109,7 +109,7 @@ def init_models(output: Path, seed: int) -> None:
     params = Clip(clip).init(key, pixels, ids, ids == 0)["params"]
     save_clip(output / "clip", clip, with_positions(clip, params))
     size = train_bart_tokenizer(texts, output / "bart")
-    bart = BartConfig(size, 128, 2, 3, 4, 4, 256, 256, BART_POSITIONS, scale_embedding=True)
+    bart = BartConfig(size, 128, 2, 3, 4, 4, 256, 256, BART_POSITIONS, scale_embedding=True, dropout=0.0)
     params = Bart(bart).init(key, ids, ids == 0, ids)["params"]
     params = flax.traverse_util.path_aware_map(functools.partial(widen, width=bart.d_model), params)
     for side in ("encoder", "decoder"):

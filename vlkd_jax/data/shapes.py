@@ -1,7 +1,7 @@
 """The built-in world "shapes": procedural pictures, captions, questions and answers, each a pure function of a seed.
 
 A scene holds one to three objects, each with a shape, a colour, a size and one quadrant of the picture. The splits
-`train` and `validation` never hold a (colour, shape) pair of `HELD_OUT`; every scene of `test` holds at least one.
+`train` and `validation` never hold a (size, colour, shape) of `HELD_OUT`; every scene of `test` holds at least one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ COLORS = {
     "cyan": (60, 210, 220),
     "white": (240, 240, 240),
 }
-RADII = {"small": (7.0, 9.0), "large": (12.5, 16.0)}
+RADII = {"small": (8.0, 10.0), "large": (13.5, 16.5)}
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three")
 SPLITS = ("train", "validation", "test")
-HELD_OUT = frozenset((color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS))
+HELD_OUT = frozenset((tuple(RADII)[i % 2], color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS))
 QUESTION_TYPES = ("color", "shape", "size", "count", "existence", "relation", "position")
+
+
+Kind = tuple[str, str, str]
+"""(size, colour, shape) of an object."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,27 +75,30 @@ def generator(seed: int, split: str, index: int, stream: int = 0) -> np.random.G
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draws a scene; with `held_out` at least one object is one of the held-out pairs, otherwise none is."""
+    """Draws a scene; with `held_out` at least one object is one of the held-out kinds, otherwise none is."""
     count = int(rng.integers(1, 4))
-    pairs: list[tuple[str, str]] = []
-    colors = tuple(COLORS)
+    kinds: list[Kind] = []
     if held_out:
-        pairs.append(sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))])
-    while len(pairs) < count:
-        pair = (colors[int(rng.integers(len(colors)))], SHAPES[int(rng.integers(len(SHAPES)))])
-        if pair not in pairs and (held_out or pair not in HELD_OUT):
-            pairs.append(pair)
+        kinds.append(sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))])
+    while len(kinds) < count:
+        kinds += _sample_kind(rng, kinds, held_out)
     quadrants = rng.permutation(len(POSITIONS))[:count]
-    things = [_place(rng, color, shape, int(q)) for (color, shape), q in zip(pairs, quadrants, strict=True)]
+    things = [_place(rng, kind, int(q)) for kind, q in zip(kinds, quadrants, strict=True)]
     return Scene(_in_reading_order(things), int(rng.integers(2**31)))
+
+
+def _sample_kind(rng: np.random.Generator, taken: list[Kind], held_out: bool) -> list[Kind]:
+    """One more kind of object, or none where the draw is not allowed: no two share colour and shape."""
+    kind = tuple(options[int(rng.integers(len(options)))] for options in (tuple(RADII), tuple(COLORS), SHAPES))
+    return [kind] if kind[1:] not in [k[1:] for k in taken] and (held_out or kind not in HELD_OUT) else []
 
 
 def _in_reading_order(things: list[Thing]) -> tuple[Thing, ...]:
     return tuple(sorted(things, key=lambda t: POSITIONS.index(t.position)))
 
 
-def _place(rng: np.random.Generator, color: str, shape: str, quadrant: int, size: str | None = None) -> Thing:
-    size = size or ("small", "large")[int(rng.integers(2))]
+def _place(rng: np.random.Generator, kind: Kind, quadrant: int) -> Thing:
+    size, color, shape = kind
     radius = float(rng.uniform(*RADII[size]))
     half = IMAGE_SIZE // 2
     x, y = rng.uniform(radius + 1, half - 1 - radius, size=2)
@@ -99,36 +106,46 @@ def _place(rng: np.random.Generator, color: str, shape: str, quadrant: int, size
 
 
 def twin(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute of one object changed, or two objects changing places: a hard negative for CLIP."""
+    """The scene with one change, a hard negative for CLIP.
+
+    One object differs in one attribute, or two objects change places, or there is one object more or less.
+    """
     things = list(scene.things)
     k = int(rng.integers(len(things)))
     thing = things[k]
-    change = ("size", "color", "position", "position", "shape", "shape")[int(rng.integers(6))]  # hard ones twice
-    color, shape, size, quadrant = thing.color, thing.shape, thing.size, POSITIONS.index(thing.position)
-    others = [(t.color, t.shape) for i, t in enumerate(things) if i != k]
-    if change == "size":
-        size = "large" if size == "small" else "small"
+    changes = ("size", "color", "position", "position", "shape", "shape", "number", "number")  # hard ones twice
+    change = changes[int(rng.integers(len(changes)))]
+    kind, quadrant = thing.attributes[:3], POSITIONS.index(thing.position)
+    others = [t.attributes[:3] for i, t in enumerate(things) if i != k]
+    if change == "number":
+        if len(things) > 1 and (len(things) == 3 or rng.integers(2)):
+            del things[k]
+        else:
+            while not (more := _sample_kind(rng, [kind, *others], held_out=False)):
+                pass
+            free = [q for q, name in enumerate(POSITIONS) if name not in [t.position for t in things]]
+            things.append(_place(rng, more[0], free[int(rng.integers(len(free)))]))
     elif change == "position":  # an object that is there already makes room
         other = [q for q in range(4) if q != quadrant][int(rng.integers(3))]
-        things = [
-            _place(rng, t.color, t.shape, quadrant, t.size) if t.position == POSITIONS[other] else t for t in things
-        ]
-        quadrant = other
+        things = [_place(rng, t.attributes[:3], quadrant) if t.position == POSITIONS[other] else t for t in things]
+        things[k] = _place(rng, kind, other)
     else:
-        options = [
-            (c, s)
-            for c in COLORS
-            for s in SHAPES
-            if (c, s) not in HELD_OUT and (c, s) not in others and ((c == color) != (s == shape))
-            if (s == shape) == (change == "color")
-        ]
-        color, shape = options[int(rng.integers(len(options)))]
-    things[k] = _place(rng, color, shape, quadrant, size)
+        field = ("size", "color", "shape").index(change)
+        options = _changed(kind, field, others) or _changed(kind, 2, others)  # the only other size may be held out
+        kind = options[int(rng.integers(len(options)))]
+        things[k] = _place(rng, kind, quadrant)
     return Scene(_in_reading_order(things), int(rng.integers(2**31)))
 
 
+def _changed(kind: Kind, field: int, others: list[Kind]) -> list[Kind]:
+    """`kind` with each other value in one field, as far as the training splits and the other objects allow."""
+    values = (tuple(RADII), tuple(COLORS), SHAPES)[field]
+    options = [(*kind[:field], value, *kind[field + 1 :]) for value in values if value != kind[field]]
+    return [o for o in options if o not in HELD_OUT and o[1:] not in [other[1:] for other in others]]
+
+
 def make_scene(seed: int, split: str, index: int, twins: int = 1) -> Scene:
-    """Scene `index` of a split; with `twins` > 1, runs of that many neighbours differ in one attribute only."""
+    """Scene `index` of a split; with `twins` > 1, runs of that many neighbours differ in one change only."""
     base = sample_scene(generator(seed, split, index - index % twins), held_out=split == "test")
     return twin(base, generator(seed, split, index, 1)) if index % twins else base
 
