@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
                 "mask_all": 0.15,  # chance that the whole caption becomes one mask
             },
             "student": {
-                "image_tokens": "projected",  # projected (N x E) | hidden (N x CLIP's width) | pooled (1 x E)
+                "image_tokens": "projected",  # projected (N x E) | hidden | penultimate (N x CLIP's width) | pooled
+                "whiten": 0,  # images at the start that set a fixed whitening of these tokens; 0: none
                 "sentence_position": "eos",  # eos | bos: the encoder state that stands for the sentence
                 "logit_scale": "learned",  # learned (from 1/0.07) | clip (CLIP's own, frozen)
                 "ttdm": "normalised",  # normalised | raw: vectors whose distance TTDM takes

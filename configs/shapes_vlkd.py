@@ -11,15 +11,16 @@ def get_config() -> ConfigDict:
     config.bart = "assets/shapes/bart"
     config.steps = 1100
     config.batch_size = 64
-    config.student.image_tokens = "hidden"  # this small CLIP's projection keeps little of a patch's own content
+    config.student.image_tokens = "penultimate"  # this small CLIP's last layer keeps little of a patch's own content
+    config.student.whiten = 2048
     config.data.complete = 1.0
     config.corruption.mask_all = 0.7  # captioning starts from one mask: most of what there is to read is in the picture
     config.data.text_length = 30
     config.data.source_length = 32
     config.data.context_length = 30
     config.data.replay_length = 32
-    config.optim.lr = 3e-4
-    config.optim.lr_linears = 3e-3
+    config.optim.lr = 2e-4
+    config.optim.lr_linears = 5e-3
     config.eval.every = 220
     config.save_every = 550
     return config

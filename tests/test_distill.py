@@ -14,7 +14,7 @@ from vlkd_jax import losses
 from vlkd_jax.data.pipeline import batches
 from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.data.streams import train_stream
-from vlkd_jax.distill import make_objective, make_train_step, teacher_outputs
+from vlkd_jax.distill import HIDDEN, make_objective, make_train_step, teacher_outputs
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.vlkd import MAX_LOGIT_SCALE
 from vlkd_jax.optim import LINEARS, count_parameters, decayed, groups, make_optimizer, schedule
@@ -241,6 +241,7 @@ def start(config):
 
 OPTIONS = {
     "hidden": {"student__image_tokens": "hidden", "student__sentence_position": "bos", "student__ttdm": "raw"},
+    "penultimate": {"student__image_tokens": "penultimate"},
     "pooled": {"student__image_tokens": "pooled", "student__logit_scale": "clip", "dropout": 0.3},
     "half": {"dtype": "bfloat16", "remat": True, **MIXED},
 }
@@ -260,7 +261,7 @@ def test_options_train(assets, mixed, name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(new.params))
     moved = {part for part in new.params if largest(jax.tree.map(jnp.subtract, new.params[part], state.params[part]))}
     assert moved == {"bart", *LINEARS} - ({"logit_scale"} if config.student.logit_scale == "clip" else set())
-    rows = WIDTH if config.student.image_tokens == "hidden" else JOINT
+    rows = WIDTH if config.student.image_tokens in HIDDEN else JOINT
     assert state.params["image_projection"]["kernel"].shape == (rows, WIDTH)
     if config.dropout:  # its random numbers are a function of the step
         again, later = (step(state.replace(step=jnp.int32(k)), objective.frozen, batch)[1] for k in (0, 1))

@@ -23,6 +23,8 @@ from vlkd_jax.types import Array, Batch, Params, TrainState
 
 Terms = dict[str, tuple[Array, Array]]
 """Loss name -> (sum, count)."""
+HIDDEN = {"hidden": "last_hidden_state", "penultimate": "penultimate"}
+"""`student.image_tokens` that are states of CLIP's vision tower -> their name in `ClipImageOutput`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +131,9 @@ def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: s
 
 
 def select_tokens(output, kind: str) -> Array:
-    """Image tokens of a `ClipImageOutput`: "projected" [B, N, E], "hidden" [B, N, CLIP's width], "pooled" [B, 1, E]."""
-    if kind == "hidden":
-        return output.last_hidden_state
+    """Image tokens of a `ClipImageOutput`: "projected" [B, N, E], "pooled" [B, 1, E], of `HIDDEN` [B, N, Dv]."""
+    if kind in HIDDEN:
+        return getattr(output, HIDDEN[kind])
     return output.tokens if kind == "projected" else output.embedding[:, None]
 
 
@@ -140,16 +142,21 @@ def _vlkd(config: ConfigDict) -> Objective:
     bart_config, bart_params, bart_text = read_bart(config)
     student_options, weights = config.student, config.loss
     image_tokens = student_options.image_tokens
-    _choose(config, "student.image_tokens", dict.fromkeys(("projected", "hidden", "pooled")))
+    _choose(config, "student.image_tokens", dict.fromkeys(("projected", *HIDDEN, "pooled")))
     _choose(config, "student.sentence_position", dict.fromkeys(("eos", "bos")))
     learned_scale = _choose(config, "student.logit_scale", {"learned": True, "clip": False})
     unit = _choose(config, "student.ttdm", {"normalised": True, "raw": False})
     dtype = _choose(config, "dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
     teacher = Clip(clip_config, dtype=dtype)
     student = Student(
-        bart_config, clip_config.projection_dim, student_options.sentence_position, dtype=dtype, remat=config.remat
+        bart_config,
+        clip_config.projection_dim,
+        student_options.sentence_position,
+        whiten=bool(student_options.whiten),
+        dtype=dtype,
+        remat=config.remat,
     )
-    width = clip_config.vision.hidden_size if image_tokens == "hidden" else clip_config.projection_dim
+    width = clip_config.vision.hidden_size if image_tokens in HIDDEN else clip_config.projection_dim
     params = init_student(student, bart_params, width, config.seed)
     frozen = {"clip": clip_params} | ({"start": bart_params} if weights.l2 else {})
 

@@ -24,7 +24,7 @@ from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import pairs_suite
 from vlkd_jax.evals.shapes_suite import ShapesSuite
-from vlkd_jax.metrics import say
+from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
 from vlkd_jax.train import start_state
@@ -125,6 +125,7 @@ def main() -> None:
         **circumstances(config.seed),
     }
     result |= {"dtype": config.dtype, "batch_size": suites.batch_size, "decoding": "greedy"}
+    result["peak_memory"] = peak_memory()
     write_atomic(workdir / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
     say(f"wrote {workdir / 'metrics.json'}")
     for name, metrics in found.items():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from pathlib import Path
+
+import jax
 
 RATES = ("images_per_second", "data_wait")
 
@@ -63,6 +67,14 @@ class Progress:
                 *rest,
             ]
         )
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory so far in GiB: of this process (`host_gib`) and, where there is an accelerator, of its fullest."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes on Linux, bytes on macOS
+    found = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    used = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return found | ({"device_gib": max(used) / 2**30} if any(used) else {})
 
 
 def say(text: str) -> None:

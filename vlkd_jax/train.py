@@ -6,6 +6,7 @@ TensorBoard events. Exit codes: see vlkd_jax.entry.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import operator
@@ -18,13 +19,13 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vlkd_jax import entry, sharding
+from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
-from vlkd_jax.metrics import MetricWriter, Progress, say
+from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.types import Batch, TrainState
 from vlkd_jax.workdir import claim, write_atomic
@@ -34,6 +35,7 @@ MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "mesh", "data.threads"
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit", "eval.batches"), 1),
     **dict.fromkeys(("dropout", "data.threads", "data.context_length", "eval.every", "eval.questions"), 0),
+    "student.whiten": 0,
     **{"data.twins": 1, "data.validation_every": 2, "data.text_length": 3, "data.source_length": 3},
 }
 """The least value of config fields."""
@@ -52,10 +54,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         objective = make_objective(config)
         mesh = sharding.make_mesh(config.mesh.data)
         optimizer = make_optimizer(config.optim, config.steps)
-        state = start_state(objective, optimizer, mesh)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
-            meta: dict = {}
-            if checkpoints.latest() is not None:
+            fresh, meta = checkpoints.latest() is None, {}
+            if fresh and config.objective == "vlkd" and config.student.whiten:
+                objective = whitened(config, objective, mesh)
+            state = start_state(objective, optimizer, mesh)
+            if not fresh:
                 _, state, meta = checkpoints.restore(jax.tree.map(abstract, state))
             loop = _Loop(config, directory, objective, mesh, checkpoints, meta)
             return loop.run(state, make_train_step(objective, optimizer, config.dropout, config.seed))
@@ -79,6 +83,13 @@ def check_config(config: ConfigDict) -> None:
     devices = jax.device_count() if config.mesh.data == -1 else config.mesh.data
     if config.batch_size % max(devices, 1):
         raise UserError(f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
+
+
+def whitened(config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh) -> Objective:
+    """The objective with its student's `image_whitening` set from the first training images."""
+    stream = train_stream(config, objective, 0)
+    found = whitening.estimate(objective, config.student.image_tokens, stream, config.student.whiten, mesh)
+    return dataclasses.replace(objective, params=objective.params | {"image_whitening": found})
 
 
 def start_state(objective: Objective, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
@@ -144,8 +155,14 @@ class _Loop:
             if step == config.steps:
                 break
         self.checkpoints.wait()
-        self.writer.close()
+        self._finish(step)
         return state
+
+    def _finish(self, step: int) -> None:
+        memory = peak_memory()
+        self.writer.write(step, "memory", memory)
+        self.writer.close()
+        say("peak memory  " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()))
 
     def _timed(self, stream: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
         while True:
@@ -193,7 +210,7 @@ class _Loop:
         self.checkpoints.wait()
         good, state, _ = self.checkpoints.restore(jax.tree.map(abstract, state))
         write_atomic(self.stopped, (json.dumps({"stopped_at": step, "checkpoint": good}) + "\n").encode())
-        self.writer.close()
+        self._finish(step)
         say(f"the checkpoint of step {good} stands")
         return state
 

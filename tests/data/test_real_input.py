@@ -49,6 +49,7 @@ def test_training_moves_the_student_and_measures_retention(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = {line["step"]: line for line in lines if line["kind"] == "eval"}
     assert {0, 2, 4} <= set(evaluated) and "retention/token_accuracy" in evaluated[4]
+    assert [0.1 < line["host_gib"] < 64 for line in lines if line["kind"] == "memory"] == [True, True]
 
 
 def test_questions_and_captions(run, tmp_path):
@@ -68,6 +69,7 @@ def test_questions_and_captions(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0.1 < metrics["peak_memory"]["host_gib"] < 64
     assert (metrics["suites"]["vqav2"]["n"], metrics["suites"]["coco_caption"]["n"]) == (8, 110)
     for name, count in (("vqav2", 8), ("coco_caption", 110)):
         rows = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]

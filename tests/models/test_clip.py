@@ -98,7 +98,8 @@ def test_one_layer(both, rng, apply):
     model, config, params = both
     x = rng.normal(size=(2, 7, 40)).astype(np.float32)
     layer = ClipLayer(config.vision, jnp.float32)
-    ours, _ = apply(layer, layer_of(params["vision_model"]["layers"], 2), x, None)
+    (ours, before), _ = apply(layer, layer_of(params["vision_model"]["layers"], 2), (x, None), None)
+    np.testing.assert_array_equal(before, x)
     close(ours, model.vision_model.encoder.layers[2](to_torch(x), None), MODULE)
 
 
@@ -107,10 +108,12 @@ def test_image_tower_and_projection_of_every_token(both, rng, apply):
     model, config, params = both
     images = pixels(config, rng)
     ours = apply(Clip(config), params, images, method="encode_images")
-    states = model.vision_model(to_torch(images)).last_hidden_state
+    output = model.vision_model(to_torch(images), output_hidden_states=True)
+    states = output.last_hidden_state
     tokens = model.visual_projection(model.vision_model.post_layernorm(states))
     assert ours.tokens.shape == (3, config.vision.num_tokens, 16)
     close(ours.last_hidden_state, states, MODULE)
+    close(ours.penultimate, output.hidden_states[-2], MODULE)
     close(ours.tokens, tokens, MODULE)
     close(ours.embedding, torch.nn.functional.normalize(tokens[:, 0], dim=-1), MODULE)
 

@@ -19,6 +19,7 @@ class ClipImageOutput(NamedTuple):
     """What the image tower gives; index 0 of N is the class token."""
 
     last_hidden_state: jax.Array  # [B, N, Dv], before the post layer norm
+    penultimate: jax.Array  # [B, N, Dv], what the last layer reads
     tokens: jax.Array  # [B, N, E], every token through post layer norm and visual projection
     embedding: jax.Array  # [B, E] float32, L2-normalised projection of the class token
 
@@ -46,7 +47,7 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """One pre-norm transformer layer; returns (x, None), the form `nn.scan` wants."""
+    """One pre-norm transformer layer: ((x, anything), mask) -> ((new x, x), None), the form `nn.scan` wants."""
 
     config: ClipVisionConfig | ClipTextConfig
     dtype: jnp.dtype
@@ -64,10 +65,11 @@ class ClipLayer(nn.Module):
         self.mlp = ClipMlp(self.config, self.dtype)
         self.layer_norm2 = layer_norm(self.config.layer_norm_eps, self.dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None):
-        normed = self.layer_norm1(x)
-        x = x + self.self_attn(normed, normed, mask)
-        return x + self.mlp(self.layer_norm2(x)), None
+    def __call__(self, carry: tuple[jax.Array, jax.Array], mask: jax.Array | None):
+        before = carry[0]
+        normed = self.layer_norm1(before)
+        x = before + self.self_attn(normed, normed, mask)
+        return (x + self.mlp(self.layer_norm2(x)), before), None
 
 
 def _stack(config: ClipVisionConfig | ClipTextConfig, dtype, remat: bool) -> nn.Module:
@@ -84,7 +86,7 @@ def _stack(config: ClipVisionConfig | ClipTextConfig, dtype, remat: bool) -> nn.
 
 
 class ClipVisionTower(nn.Module):
-    """Vision transformer: pixels [B, Hpx, Wpx, 3] -> last hidden state [B, N, Dv], before the post layer norm."""
+    """Vision transformer: pixels [B, Hpx, Wpx, 3] -> what its last layer gives and reads, both [B, N, Dv]."""
 
     config: ClipVisionConfig
     dtype: jnp.dtype
@@ -112,8 +114,9 @@ class ClipVisionTower(nn.Module):
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (batch, 1, tokens.shape[-1]))
         return jnp.concatenate([first, tokens], axis=1) + self.position_embedding(jnp.arange(grid * grid + 1))
 
-    def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        return self.layers(self.pre_layrnorm(self.embed(pixel_values)), None)[0]
+    def __call__(self, pixel_values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = self.pre_layrnorm(self.embed(pixel_values))
+        return self.layers((x, x), None)[0]
 
 
 class ClipTextTower(nn.Module):
@@ -141,7 +144,8 @@ class ClipTextTower(nn.Module):
 
     def __call__(self, input_ids: jax.Array, mask: jax.Array) -> jax.Array:
         attention_mask = causal_mask(input_ids.shape[1]) & mask[:, None, None, :]
-        return self.final_layer_norm(self.layers(self.embed(input_ids), attention_mask)[0])
+        x = self.embed(input_ids)
+        return self.final_layer_norm(self.layers((x, x), attention_mask)[0][0])
 
     def pool(self, states: jax.Array, input_ids: jax.Array) -> jax.Array:
         """The end-of-text token's state: states [B, L, Dt], ids [B, L] -> [B, Dt].
@@ -181,9 +185,9 @@ class Clip(nn.Module):
 
         Raises UserError when the images are not `image_size` square.
         """
-        states = self.vision_model(pixel_values)
-        tokens = self.visual_projection(self.vision_model.post_layernorm(states))
-        return ClipImageOutput(states, tokens, l2_normalize(tokens[:, 0]))
+        last, penultimate = self.vision_model(pixel_values)
+        tokens = self.visual_projection(self.vision_model.post_layernorm(last))
+        return ClipImageOutput(last, penultimate, tokens, l2_normalize(tokens[:, 0]))
 
     def encode_texts(self, input_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """input_ids [B, L] int32, mask [B, L] bool (True = keep) -> [B, E] float32, L2-normalised."""

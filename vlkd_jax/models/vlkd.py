@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,17 @@ from vlkd_jax.types import Array
 MAX_LOGIT_SCALE = 100.0
 
 
+class Whitening(nn.Module):
+    """A fixed affine map of [..., D], float32; `vlkd_jax.whitening` gives its values, until then it is the identity."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        mean = self.param("mean", nn.initializers.zeros, (width,))
+        matrix = self.param("matrix", lambda _: jnp.eye(width))
+        return (x.astype(jnp.float32) - jax.lax.stop_gradient(mean)) @ jax.lax.stop_gradient(matrix)
+
+
 class Student(nn.Module):
     """BART [D wide], `sentence_projection` [D, E], `image_projection` [E or CLIP's width, D] and the logit scale.
 
@@ -22,12 +34,13 @@ class Student(nn.Module):
       config: BART's.
       joint_width: E of the CLIP it learns from.
       sentence_position: "eos" or "bos", the encoder state that stands for the sentence.
-      normalised: whether `embed_sentence` gives unit vectors (the distance loss can also be taken raw).
+      whiten: whether `image_whitening`, which no gradient reaches, stands before `image_projection`.
     """
 
     config: BartConfig
     joint_width: int
     sentence_position: str = "eos"
+    whiten: bool = False
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
 
@@ -36,6 +49,7 @@ class Student(nn.Module):
         init = nn.initializers.normal(0.02)
         self.sentence_projection = Dense(self.joint_width, use_bias=False, dtype=jnp.float32, kernel_init=init)
         self.image_projection = Dense(self.config.d_model, use_bias=False, dtype=self.dtype, kernel_init=init)
+        self.image_whitening = Whitening() if self.whiten else None
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
 
     def __call__(self, image_tokens: Array, source_ids: Array, source_mask: Array, target_ids: Array) -> Array:
@@ -64,7 +78,7 @@ class Student(nn.Module):
 
     def image_prefix(self, tokens: Array) -> Array:
         """Decoder memory [B, N, D] of the teacher's image tokens [B, N, E]."""
-        return self.image_projection(tokens)
+        return self.image_projection(self.image_whitening(tokens) if self.whiten else tokens)
 
     def memory(self, prefix: Array | None, hidden: Array, mask: Array) -> tuple[Array, Array]:
         """What the decoder reads: [prefix, hidden] [B, M, D] and its mask [B, M]; no prefix: the text alone."""

@@ -1,0 +1,58 @@
+"""Fixed whitening of the teacher's image tokens, in front of the student's image linear.
+
+A CLIP's tokens have a large mean and a few directions thousands of times stronger than the rest; a linear trained by
+first-order steps learns the strong ones first and what tells objects apart late. Here the tokens' mean and covariance
+on the first training images give a ZCA transform that nothing changes afterwards (Kessy, Lewin and Strimmer 2018). It
+is a reparametrisation: a linear with a bias can say the same. It lies in the student's parameters, so that a
+checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlkd_jax import sharding
+from vlkd_jax.distill import Objective, select_tokens
+from vlkd_jax.types import Array, Batch, Params
+
+FLOOR = 1e-3
+"""Added to every variance, as a share of their mean: directions far below it are not blown up."""
+
+
+def estimate(objective: Objective, image_tokens: str, stream: Iterator[Batch], images: int, mesh) -> Params:
+    """{"mean" [D], "matrix" [D, D]} float32 from the image tokens of the stream's first batches, `images` or more.
+
+    Args:
+      objective: a distillation, with its teacher.
+      image_tokens: which of the teacher's tokens, as in `config.student`.
+      stream: this process's batches.
+      images: of the global batches together.
+      mesh: the devices the work is spread over.
+    """
+
+    def sums(params: Params, pixels: Array) -> tuple[Array, Array]:
+        output = objective.teacher.apply({"params": params}, pixels, method="encode_images")
+        tokens = select_tokens(output, image_tokens).astype(jnp.float32)
+        outer = jnp.einsum("bnd,bne->de", tokens, tokens, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(tokens, (0, 1)) / tokens.shape[1], outer / tokens.shape[1]
+
+    compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+    seen, total, outer = 0, 0.0, 0.0
+    while seen < images:
+        pixels = sharding.put(mesh, next(stream).pixels)
+        found = jax.device_get(compiled(objective.frozen["clip"], pixels))
+        total, outer = total + found[0].astype(np.float64), outer + found[1].astype(np.float64)
+        seen += pixels.shape[0]
+    mean = total / seen
+    return {"mean": mean.astype(np.float32), "matrix": zca(outer / seen - np.outer(mean, mean))}
+
+
+def zca(covariance: np.ndarray) -> np.ndarray:
+    """The symmetric inverse root of a covariance [D, D], every variance raised by `FLOOR` of their mean: float32."""
+    variances, axes = np.linalg.eigh(covariance)
+    raised = np.maximum(variances, 0) + FLOOR * variances.mean()
+    return (axes / np.sqrt(raised) @ axes.T).astype(np.float32)
