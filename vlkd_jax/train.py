@@ -128,8 +128,9 @@ class _Loop:
             return state
         shared = sharding.replicated(self.mesh)
         step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shared)
+        trained = {name: value for name, value in state.params.items() if name != "image_whitening"}
         say(
-            f"{config.objective}: {count_parameters(state.params):,} parameters trained, "
+            f"{config.objective}: {count_parameters(trained):,} parameters trained, "
             f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
         )
         progress = Progress(config.steps, config.batch_size, start)

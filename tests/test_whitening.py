@@ -1,0 +1,84 @@
+"""Whitening of the image tokens: its statistics against numpy, on one device and eight, and that training keeps it."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import WIDTH, tiny_config
+
+from vlkd_jax import sharding, whitening
+from vlkd_jax.data.streams import train_stream
+from vlkd_jax.distill import make_objective, select_tokens
+from vlkd_jax.errors import UserError
+from vlkd_jax.evaluate import load_run
+from vlkd_jax.train import train
+
+IMAGES, BATCHES = 20, 3  # 20 images are three batches of 8
+
+
+@pytest.fixture(scope="module")
+def config(assets):
+    return tiny_config(assets, student__image_tokens="penultimate", student__whiten=IMAGES, steps=2)
+
+
+@pytest.fixture(scope="module")
+def objective(config):
+    return make_objective(config)
+
+
+@pytest.fixture(scope="module")
+def estimates(config, objective):
+    """On a mesh of one device and on one of eight."""
+    streams = ((train_stream(config, objective, 0), sharding.make_mesh(count)) for count in (1, 8))
+    return [whitening.estimate(objective, "penultimate", stream, IMAGES, mesh) for stream, mesh in streams]
+
+
+def tokens_of(config, objective, start, count):
+    stream = train_stream(config, objective, start)
+    images = np.concatenate([next(stream).pixels for _ in range(count)])
+    output = objective.teacher.apply({"params": objective.frozen["clip"]}, images, method="encode_images")
+    return np.asarray(select_tokens(output, "penultimate"))
+
+
+def test_the_statistics_are_those_of_the_first_images(config, objective, estimates):
+    tokens = tokens_of(config, objective, 0, BATCHES).reshape(-1, WIDTH).astype(np.float64)
+    np.testing.assert_allclose(estimates[0]["mean"], tokens.mean(0), atol=1e-5)
+    white = (tokens - estimates[0]["mean"]) @ estimates[0]["matrix"]
+    variances = np.linalg.eigvalsh(np.cov(tokens.T, bias=True))
+    expected = variances / (variances + whitening.FLOOR * variances.mean())
+    np.testing.assert_allclose(np.linalg.eigvalsh(np.cov(white.T, bias=True)), np.sort(expected), atol=1e-3)
+
+
+def test_eight_devices_are_one(estimates):
+    one, eight = estimates
+    np.testing.assert_allclose(one["mean"], eight["mean"], atol=1e-6)
+    np.testing.assert_allclose(one["matrix"], eight["matrix"], rtol=1e-3, atol=1e-3 * np.abs(one["matrix"]).max())
+
+
+def test_zca_of_known_variances(rng):
+    axes, variances = np.linalg.qr(rng.normal(size=(5, 5)))[0], np.array([1e4, 10, 1, 0.5, 0])
+    found = whitening.zca(axes @ np.diag(variances) @ axes.T)
+    expected = axes @ np.diag((variances + whitening.FLOOR * variances.mean()) ** -0.5) @ axes.T
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_training_sets_it_once_and_keeps_it(config, objective, estimates, tmp_path):
+    state = train(config, tmp_path)
+    config = config.copy_and_resolve_references()
+    config.steps = 3
+    later = train(config, tmp_path)
+    for params in (state.params, later.params, load_run(tmp_path)[2]):
+        for name, value in estimates[0].items():
+            np.testing.assert_allclose(params["image_whitening"][name], value, rtol=1e-5, atol=1e-5)
+    prefix = objective.module.apply(
+        {"params": later.params}, tokens := tokens_of(config, objective, 5, 1), method="image_prefix"
+    )
+    w, kernel = jax.device_get((later.params["image_whitening"], later.params["image_projection"]["kernel"]))
+    np.testing.assert_allclose(prefix, (tokens - w["mean"]) @ w["matrix"] @ kernel, atol=1e-4)
+    assert np.abs(kernel - objective.params["image_projection"]["kernel"]).max() > 0
+
+
+def test_a_negative_number_of_images_is_refused(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.student.whiten = -1
+    with pytest.raises(UserError, match="config.student.whiten is -1"):
+        train(config, tmp_path)
