@@ -80,5 +80,5 @@ def test_training_sets_it_once_and_keeps_it(config, objective, estimates, tmp_pa
 def test_a_negative_number_of_images_is_refused(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.student.whiten = -1
-    with pytest.raises(UserError, match="config.student.whiten is -1"):
+    with pytest.raises(UserError, match=r"config\.student\.whiten is -1"):
         train(config, tmp_path)
