@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.clip = "assets/shapes/clip"
     config.bart = "assets/shapes/bart"
-    config.steps = 1100
+    config.steps = 850
     config.batch_size = 64
     config.student.image_tokens = "penultimate"  # this small CLIP's last layer keeps little of a patch's own content
     config.student.whiten = 2048
@@ -19,8 +19,10 @@ def get_config() -> ConfigDict:
     config.data.source_length = 32
     config.data.context_length = 30
     config.data.replay_length = 32
-    config.optim.lr = 2e-4
+    config.loss.text = 0.3
+    config.data.replay = "shapes_texts"  # the world's texts, without pictures: what was learned of them stays
+    config.optim.lr = 3e-4
     config.optim.lr_linears = 5e-3
-    config.eval.every = 220
-    config.save_every = 550
+    config.eval.every = 170
+    config.save_every = 425
     return config

@@ -27,6 +27,7 @@ SUITES = {
         "baselines": True,  # also the student before distillation, the blind one and the most frequent answers
         **QUESTION,
         **CAPTION,
+        "caption_encoder": "<mask>",  # behind words one mask stands for a short span: captions would end early
         "caption_tokens": 32,
     },
     "vqav2": {
