@@ -23,7 +23,9 @@ cd "$VLKD_ROOT"
 "$VLKD_PYTHON" -m ruff format --check .
 
 export JAX_PLATFORMS=cpu
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"
+# eight devices share these cores: on a busy machine one may wait for another longer than the 40 s after which XLA aborts
+collectives="--xla_cpu_collective_call_terminate_timeout_seconds=600"
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8 $collectives"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${VLKD_PYTHON%/bin/python}/jax-cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 export HF_HUB_OFFLINE=1 # no test may need the network

@@ -294,7 +294,7 @@ def test_unknown_choices_are_named(assets, changes, words):
 @pytest.mark.parametrize("objective_name", ["clip_contrastive", "bart_denoise"])
 def test_the_other_objectives_train(assets, objective_name):
     source = "shapes" if objective_name == "clip_contrastive" else "shapes_texts"
-    config = tiny_config(assets, objective=objective_name, data__source=source, data__source_length=64, optim__lr=1e-2)
+    config = tiny_config(assets, objective=objective_name, data__source=source, data__source_length=64, optim__lr=3e-3)
     objective, batch, state, step = start(config)
     seen = []
     for _ in range(5):
