@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
             "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise
             "clip": "",  # Hugging Face directory of the CLIP (the teacher, or the one that clip_contrastive trains)
             "bart": "",  # Hugging Face directory of the BART (the student's start, or the one bart_denoise trains)
-            "seed": 0,  # of the order of the data, the corruption, the dropout and the two linears
+            "seed": 0,  # of the order of the data (shapes: of its scenes), the corruption, the dropout and the two linears
             "steps": 1000,
             "batch_size": 64,  # global: pairs (or texts) an optimizer step
             "dtype": "float32",  # of activations: float32 | bfloat16; parameters stay float32

@@ -15,21 +15,24 @@ CAPTION = {
     "caption_decoder": "a picture of",
     "caption_tokens": 20,
 }
+SHAPES = {
+    "kind": "shapes",
+    "seed": 0,
+    "questions": 1400,
+    "captions": 400,
+    "retrieval": 500,  # scenes; duplicates among them are dropped
+    "text_questions": 1050,
+    "baselines": True,  # also the student before distillation, the blind one and the most frequent answers
+    **QUESTION,
+    **CAPTION,
+    "caption_encoder": "<mask>",  # behind words one mask stands for a short span: captions would end early
+    "caption_tokens": 32,
+}
 SUITES = {
-    "shapes": {
-        "kind": "shapes",
-        "seed": 0,
-        "split": "test",  # every scene holds a combination of colour and shape that no training scene has
-        "questions": 1400,
-        "captions": 400,
-        "retrieval": 500,  # scenes; duplicates among them are dropped
-        "text_questions": 1050,
-        "baselines": True,  # also the student before distillation, the blind one and the most frequent answers
-        **QUESTION,
-        **CAPTION,
-        "caption_encoder": "<mask>",  # behind words one mask stands for a short span: captions would end early
-        "caption_tokens": 32,
-    },
+    # every scene holds an object whose size, colour and shape no training scene has together
+    "shapes": {**SHAPES, "split": "test"},
+    # new scenes; every object is of a kind that training scenes have
+    "shapes_seen": {**SHAPES, "split": "test_seen"},
     "vqav2": {
         "kind": "vqa",
         "questions": "",  # official questions JSON

@@ -102,8 +102,8 @@ def test_nothing_flows_back_from_masked_positions(rng):
     assert not gradient[~mask].any() and np.all(np.abs(gradient[mask]).sum(-1) > 0)
 
 
-def test_halves_add_up(rng):
-    """Sums and counts of two unequal parts are those of the whole: so accumulation needs no correction."""
+def test_parts_add_up_but_those_of_itcl(rng):
+    """Sums and counts of two unequal parts are those of the whole; a part of a contrastive batch has fewer negatives."""
     logits, targets, mask = token_inputs(rng)
     sentence, text = vectors(rng), vectors(rng)
     for loss, inputs in (
@@ -113,6 +113,19 @@ def test_halves_add_up(rng):
     ):
         parts = [loss(*(x[rows] for x in inputs)) for rows in (slice(0, 2), slice(2, None))]
         np.testing.assert_allclose(np.sum(parts, 0), loss(*inputs), rtol=1e-6)
+    parts = [losses.itcl(text[rows], sentence[rows], 2.0) for rows in (slice(0, 2), slice(2, None))]
+    whole = losses.itcl(text, sentence, 2.0)
+    assert sum(count for _, count in parts) == whole[1] and sum(total for total, _ in parts) < 0.9 * whole[0]
+
+
+def test_contrastive_products_are_exact_on_every_device(rng):
+    """Accelerators multiply float32 in TF32 or bfloat16 unless asked; so must the gradient's products be."""
+    with jax.default_matmul_precision("bfloat16"):
+        lowered = jax.jit(jax.grad(lambda *x: losses.itcl(*x)[0], argnums=(0, 1))).lower(
+            *vectors(rng).astype(np.float32)[None].repeat(2, 0), np.float32(100)
+        )
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(products) >= 3 and all("HIGHEST" in line for line in products)
 
 
 def differences(function, x, step):

@@ -24,9 +24,12 @@ from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.evaluate import circumstances, write_predictions
 from vlkd_jax.metrics import say
 from vlkd_jax.predict import Predictor
-from vlkd_jax.train import train
+from vlkd_jax.sharding import make_mesh
+from vlkd_jax.train import train, whitened
 from vlkd_jax.workdir import write_atomic
 
+SUITES = ("shapes", "shapes_seen")
+"""Held-out scenes with objects of kinds that no training scene has, and new scenes of kinds that training saw."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -63,24 +66,31 @@ def read_config(name: str, argument: str | None = None) -> ConfigDict:
 
 
 def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
-    """Runs every stage; returns what demo.json holds."""
+    """Runs every stage; returns what demo.json holds: figures on unseen kinds and, under `seen_kinds`, on the others."""
     started, stages = time.monotonic(), Stages()
-    config, suite = read_config("shapes_vlkd"), read_config("suites", "shapes").shapes
-    config.seed = suite.seed = seed
+    config, suites = read_config("shapes_vlkd"), read_config("suites", ",".join(SUITES))
+    config.seed = seed
+    for name in SUITES:
+        suites[name].seed = seed
     config.clip, config.bart = str(ROOT / config.clip), str(ROOT / config.bart)
-    stages.begin("before", f"1/4 the student before distillation, {suite.questions} held-out questions, seed {seed}")
-    objective = make_objective(config)
+    asked = sum(suites[name].questions for name in SUITES)
+    stages.begin("before", f"1/4 the student before distillation, {asked:,} held-out questions, seed {seed}")
+    objective = whitened(config, make_objective(config), make_mesh(config.mesh.data))
     predictor = Predictor(objective, config.student.image_tokens, batch_size=128)
-    runner = ShapesSuite(suite, predictor)
-    before, _ = runner.run(objective.params)
+    runners = {name: ShapesSuite(suites[name], predictor) for name in SUITES}
+    before = {name: runner.run(objective.params)[0] for name, runner in runners.items()}
     stages.begin("distillation", f"2/4 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
     state = train(config, workdir / "train")
     stages.begin("after", "3/4 the student after distillation, with and without the image")
-    after, rows = runner.run(state.params, blind=True)
-    write_predictions(workdir / "shapes", rows)
+    summaries, rows = {}, {}
+    for name, runner in runners.items():
+        after, rows[name] = runner.run(state.params, blind=True)
+        summaries[name] = _summary(before[name], after, runner.majority())
+        write_predictions(workdir / name, rows[name])
     stages.begin("report", "4/4 report")
-    result = _summary(before, after, runner.majority()) | {"steps": int(state.step), **circumstances(seed)}
-    write_report(workdir / "report", result, rows, workdir / "train" / "metrics.jsonl", suite)
+    result = summaries["shapes"] | {"seen_kinds": summaries["shapes_seen"], "steps": int(state.step)}
+    result |= circumstances(seed)
+    write_report(workdir / "report", result, rows["shapes"], workdir / "train" / "metrics.jsonl", suites.shapes)
     stages.begin("", "")
     result |= {
         "stage_seconds": stages.seconds,
@@ -129,10 +139,22 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as text, per cent."""
-    vqa, caption, text_qa, retrieval = (result[k] for k in ("vqa", "caption", "text_qa", "retrieval"))
-    rows = [("", "before", "after", "blind", "majority", "n")]
-    rows.append(("zero-shot VQA", vqa["before"], vqa["after"], vqa["blind"], vqa["majority"], result["n"]))
+    """The figures as text, per cent: first on kinds of object that no training scene has, then on the others."""
+
+    def cell(value) -> str:
+        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+    lines = []
+    for title, figures in (("kinds never seen", result), ("kinds seen in training", result["seen_kinds"])):
+        rows = [(title, "before", "after", "blind", "majority", "n"), *_rows(figures)]
+        lines += [f"{row[0]:<24}" + "".join(f"{cell(value):>10}" for value in row[1:]) for row in rows] + [""]
+    return "\n".join(lines[:-1])
+
+
+def _rows(figures: dict[str, Any]) -> list[tuple]:
+    """(name, before, after, blind, majority, n) of every figure; "" where there is none."""
+    vqa, caption, text_qa, retrieval = (figures[k] for k in ("vqa", "caption", "text_qa", "retrieval"))
+    rows = [("zero-shot VQA", vqa["before"], vqa["after"], vqa["blind"], vqa["majority"], figures["n"])]
     rows += [
         (f"  {kind}", f["before"], f["after"], f["blind"], f["majority"], f["n"]) for kind, f in vqa["by_type"].items()
     ]
@@ -140,12 +162,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append((f"caption {name}", caption[name]["before"], caption[name]["after"], "", "", caption["n"]))
     rows.append(("text-only QA", text_qa["before"], text_qa["after"], "", "", text_qa["n"]))
     rows.append(("retrieval R@1", retrieval["before"], retrieval["r_at_1"], "", "", retrieval["n"]))
-    rows.append(("  CLIP's own text tower", "", retrieval["clip_r_at_1"], "", "", retrieval["n"]))
-
-    def cell(value) -> str:
-        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
-
-    return "\n".join(f"{row[0]:<24}" + "".join(f"{cell(value):>10}" for value in row[1:]) for row in rows)
+    return [*rows, ("  CLIP's own text tower", "", retrieval["clip_r_at_1"], "", "", retrieval["n"])]
 
 
 def define_flags() -> None:

@@ -17,8 +17,10 @@ from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.models.bart import Bart, shift_right
-from vlkd_jax.models.clip import Clip
+from vlkd_jax.models.clip import LEGACY_EOS_TOKEN_ID, Clip
+from vlkd_jax.models.configs import BartConfig, ClipTextConfig
 from vlkd_jax.models.vlkd import Student
+from vlkd_jax.optim import cap_logit_scale
 from vlkd_jax.types import Array, Batch, Params, TrainState
 
 Terms = dict[str, tuple[Array, Array]]
@@ -74,22 +76,28 @@ def _choose(config: ConfigDict, field: str, options: dict[str, Any]) -> Any:
 
 
 def read_clip(config: ConfigDict):
-    """(ClipConfig, parameters, tokenizer) of `config.clip`. Raises UserError, also when their vocabularies differ."""
+    """(ClipConfig, parameters, tokenizer) of `config.clip`. Raises UserError, also when tokenizer and model differ."""
     _require(config, "clip")
     clip_config, params = load_clip(config.clip)
     text = ClipText(config.clip)
     _check_vocabulary(config.clip, text.vocab_size, clip_config.text.vocab_size)
+    _check_clip_end(config.clip, text, clip_config.text)
     return clip_config, params, text
 
 
 def read_bart(config: ConfigDict):
-    """(BartConfig, parameters, tokenizer) of `config.bart`. Raises UserError, also when their vocabularies differ."""
+    """(BartConfig, parameters, tokenizer) of `config.bart`. Raises UserError, also when tokenizer and model differ."""
     _require(config, "bart")
     bart_config, params = load_bart(config.bart)
     text = BartText(config.bart)
     _check_vocabulary(config.bart, text.vocab_size, bart_config.vocab_size)
-    rates = {"dropout": config.dropout, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    return dataclasses.replace(bart_config, **rates), params, text
+    _check_bart_ids(config.bart, text, bart_config)
+    return bart_config, params, text
+
+
+def _training_rates(bart_config: BartConfig, config: ConfigDict) -> BartConfig:
+    """For the module that trains; what is saved keeps the rates of the directory it came from."""
+    return dataclasses.replace(bart_config, dropout=config.dropout, attention_dropout=0.0, activation_dropout=0.0)
 
 
 def _require(config: ConfigDict, field: str) -> None:
@@ -102,6 +110,47 @@ def _check_vocabulary(directory: str, tokens: int, rows: int) -> None:
         raise UserError(
             f"{directory}: the tokenizer has {tokens} tokens and config.json's vocab_size is {rows}; "
             "put the tokenizer that belongs to this model there"
+        )
+
+
+def _check_clip_end(directory: str, text: ClipText, config: ClipTextConfig) -> None:
+    """A sentence is pooled at its end token: where the model looks for another one, it would pool the first token."""
+    if config.eos_token_id == LEGACY_EOS_TOKEN_ID:
+        if text.eos != config.vocab_size - 1:
+            raise UserError(
+                f"{directory}: config.json's text_config.eos_token_id is {LEGACY_EOS_TOKEN_ID}, which pools at the "
+                f"largest id, and the tokenizer's end token {text.eos} is not the largest ({config.vocab_size - 1}); "
+                f"set text_config.eos_token_id to {text.eos}"
+            )
+    elif text.eos != config.eos_token_id:
+        raise UserError(
+            f"{directory}: the tokenizer's end token is {text.eos} and config.json's text_config.eos_token_id is "
+            f"{config.eos_token_id}; put the tokenizer that belongs to this model there, or correct config.json"
+        )
+
+
+def _check_bart_ids(directory: str, text: BartText, config: BartConfig) -> None:
+    """Every special id of config.json is the tokenizer's; the mask is in no config.json, the tokenizer alone has it."""
+    names = {text.bos: "<s>", text.pad: "<pad>", text.eos: "</s>", text.mask: "<mask>"}
+    if len(names) < 4:
+        raise UserError(f"{directory}: the tokenizer gives one id to two of <s>, <pad>, </s> and <mask>; restore it")
+    allowed = {
+        "bos_token_id": (text.bos,),
+        "pad_token_id": (text.pad,),
+        "eos_token_id": (text.eos,),
+        "decoder_start_token_id": (text.eos, text.bos),
+        "forced_bos_token_id": (text.bos, None),
+        "forced_eos_token_id": (text.eos, None),
+    }
+    wrong = [
+        f"{field} is {getattr(config, field)}, the tokenizer's {names[ids[0]]} is {ids[0]}"
+        for field, ids in allowed.items()
+        if getattr(config, field) not in ids
+    ]
+    if wrong:
+        raise UserError(
+            f"{directory}: config.json (or generation_config.json) and the tokenizer differ: {'; '.join(wrong)}; "
+            "put the tokenizer that belongs to this model there, or correct the file"
         )
 
 
@@ -149,7 +198,7 @@ def _vlkd(config: ConfigDict) -> Objective:
     dtype = _choose(config, "dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
     teacher = Clip(clip_config, dtype=dtype)
     student = Student(
-        bart_config,
+        _training_rates(bart_config, config),
         clip_config.projection_dim,
         student_options.sentence_position,
         whiten=bool(student_options.whiten),
@@ -246,7 +295,7 @@ def _denoise(bart: Bart, batch: Batch, rng: Array | None) -> Terms:
 def _bart_denoise(config: ConfigDict) -> Objective:
     bart_config, params, text = read_bart(config)
     dtype = _choose(config, "dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
-    bart = Bart(bart_config, dtype=dtype, remat=config.remat)
+    bart = Bart(_training_rates(bart_config, config), dtype=dtype, remat=config.remat)
 
     def terms(params: Params, frozen: dict[str, Params], batch: Batch, rng: Array | None) -> Terms:
         return bart.apply({"params": params}, batch, rng, rngs=_rngs(rng), method=_denoise)
@@ -266,7 +315,7 @@ def _clip_contrastive(config: ConfigDict) -> Objective:
         image, sentence, scale = clip.apply({"params": params}, batch.pixels, batch.clip_ids, batch.clip_mask)
         right = jnp.argmax(image @ sentence.T, 1) == jnp.arange(image.shape[0])
         accuracy = jnp.sum(right, dtype=jnp.float32), jnp.float32(image.shape[0])
-        return {"itcl": losses.itcl(image, sentence, jnp.minimum(scale, 100.0)), "accuracy": accuracy}
+        return {"itcl": losses.itcl(image, sentence, scale), "accuracy": accuracy}
 
     encoder = Encoder(text, clip_config.text.max_position_embeddings, image_size=clip_config.vision.image_size)
     return Objective(params, {}, terms, {"itcl": 1.0}, encoder, clip, {"clip": clip_config})
@@ -276,7 +325,8 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
     """The step function (state, frozen, batch) -> (state, metrics); jit it with the state donated.
 
     An update whose loss or gradient is not finite is not applied: parameters and optimizer state stay as they were,
-    bit for bit, and it is counted in `skipped`. `metrics` holds each term's mean, `loss`, `grad_norm`.
+    bit for bit, and it is counted in `skipped`. `metrics` holds each term's mean, `loss`, `grad_norm`, and `updates`:
+    how many the optimizer had applied before, which is where its schedule stands.
     """
 
     def loss(params: Params, frozen, batch: Batch, rng: Array | None) -> tuple[Array, Terms]:
@@ -290,12 +340,13 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cap_logit_scale(optax.apply_updates(state.params, updates))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         bad = jnp.where(good, 0, 1).astype(jnp.int32)
         new = TrainState(state.step + 1, params, opt_state, state.skipped + bad, (state.skipped_in_row + bad) * bad)
-        return new, {"loss": total, **means, "grad_norm": norm, "skipped_in_row": new.skipped_in_row}
+        told = {"updates": state.step - state.skipped, "skipped_in_row": new.skipped_in_row}
+        return new, {"loss": total, **means, "grad_norm": norm, **told}
 
     return step

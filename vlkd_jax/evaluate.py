@@ -6,6 +6,7 @@ workdir of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
@@ -33,7 +34,7 @@ from vlkd_jax.workdir import CONFIG_FILE, write_atomic
 
 
 def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]:
-    """(config, objective at its start, trained parameters, step) of a training run's newest checkpoint.
+    """(config, objective as its training started, trained parameters, step) of a training run's newest checkpoint.
 
     Raises:
       UserError: no run there, no checkpoint yet, or the models it names have moved.
@@ -50,7 +51,8 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
     empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), empty)
     with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
         step, state, _ = checkpoints.restore(empty)
-    return config, objective, state.params, step
+    set_at_start = {name: value for name, value in state.params.items() if name == "image_whitening"}
+    return config, dataclasses.replace(objective, params=objective.params | set_at_start), state.params, step
 
 
 def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Params, workdir: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The distillation losses. Each returns (sum, count), so that accumulation and sharding give the one-big-batch mean.
+"""The distillation losses. Each returns (sum, count), so that sharded and padded batches give the one-big-batch mean.
+
+All but `itcl` add up over parts of a batch. Each pair of `itcl` is compared with every other of the batch it is given,
+so the sum over two halves is another, easier loss than that of the whole: it always needs the global batch at once.
 
 Sources: method section of Dai et al. 2022 (arXiv 2203.06386) as far as it is known; README.md lists what is our choice.
 """
@@ -32,7 +35,9 @@ def itcl(image: Array, sentence: Array, scale: Array) -> tuple[Array, Array]:
       sentence: float [B, E], L2-normalised.
       scale: float [], the inverse temperature.
     """
-    logits = scale * jnp.einsum("be,ce->bc", image, sentence, preferred_element_type=jnp.float32)
+    # scale enlarges the products' rounding a hundredfold; the default is TF32 or bfloat16 on accelerators
+    products = jnp.einsum("be,ce->bc", image, sentence, precision="highest", preferred_element_type=jnp.float32)
+    logits = scale * products
     diagonal = jnp.diagonal(logits)
     per_pair = 0.5 * (jax.nn.logsumexp(logits, 1) + jax.nn.logsumexp(logits, 0)) - diagonal
     return jnp.sum(per_pair), jnp.float32(per_pair.shape[0])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from vlkd_jax.types import Params
 
+MAX_LOGIT_SCALE = 100.0
+"""Largest inverse temperature of the contrastive loss (Radford et al. 2021, section 2.5)."""
 LINEARS = ("sentence_projection", "image_projection", "logit_scale")
 """The student's parameters that BART does not have; they start from nothing and take a larger rate."""
 
@@ -49,6 +54,16 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
         optax.partition({k: optax.scale_by_learning_rate(rate) for k, rate in rates.items()}, groups),
     )
+
+
+def cap_logit_scale(params: Params) -> Params:
+    """Parameters with `logit_scale`, where there is one, at log 100 or less.
+
+    As CLIP, the parameter is clipped and not its use: behind a minimum it would get no gradient and never come back.
+    """
+    if "logit_scale" not in params:
+        return params
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(MAX_LOGIT_SCALE))}
 
 
 def count_parameters(params: Params) -> int:

@@ -117,8 +117,7 @@ class Predictor:
           UserError: a source or a prefix with its continuation is longer than the model's positions.
         """
         config = self.bart.config
-        first = [config.decoder_start_token_id]
-        first += [] if config.forced_bos_token_id is None else [config.forced_bos_token_id]
+        first = [config.decoder_start_token_id, self.text.bos]  # as training starts, whatever a directory forces
         prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
         limit = config.max_position_embeddings
         contexts = [self.text.wrap(c) for c in contexts] if contexts is not None else [[]] * len(sources)

@@ -32,13 +32,23 @@ from vlkd_jax.workdir import claim, write_atomic
 
 MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "mesh", "data.threads")
 """Config fields that may differ when a run is resumed."""
-LEAST = {
-    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit", "eval.batches"), 1),
-    **dict.fromkeys(("dropout", "data.threads", "data.context_length", "eval.every", "eval.questions"), 0),
-    "student.whiten": 0,
-    **{"data.twins": 1, "data.validation_every": 2, "data.text_length": 3, "data.source_length": 3},
+BOUNDS = {
+    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
+    **dict.fromkeys(("seed", "data.threads", "data.context_length", "eval.every", "eval.questions"), "[0, inf)"),
+    **{
+        "data.twins": "[1, inf)",
+        "eval.batches": "[1, inf)",
+        "data.validation_every": "[2, inf)",
+        "student.whiten": "[0, inf)",
+    },
+    **dict.fromkeys(("data.text_length", "data.source_length", "data.replay_length"), "[3, inf)"),
+    **dict.fromkeys(("loss.ttdm", "loss.itcl", "loss.icti", "loss.text", "loss.l2", "early_stop.max_drop"), "[0, inf)"),
+    **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
+    **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete"), "[0, 1]"),
+    **dict.fromkeys(("dropout", "optim.b1", "optim.b2"), "[0, 1)"),
+    **{"optim.clip_norm": "[0, inf)", "optim.eps": "(0, inf)", "corruption.poisson": "(0, inf)"},
 }
-"""The least value of config fields."""
+"""The interval in which the value of a config field must lie."""
 STOPPED = "stopped.json"
 """The file in a workdir that says early stopping has ended the run."""
 
@@ -51,12 +61,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     check_config(config)
     with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE) as directory:
-        objective = make_objective(config)
         mesh = sharding.make_mesh(config.mesh.data)
+        objective = make_objective(config)
         optimizer = make_optimizer(config.optim, config.steps)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
             fresh, meta = checkpoints.latest() is None, {}
-            if fresh and config.objective == "vlkd" and config.student.whiten:
+            if fresh:
                 objective = whitened(config, objective, mesh)
             state = start_state(objective, optimizer, mesh)
             if not fresh:
@@ -67,17 +77,19 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that no run can use, naming the field."""
-    for field, least in LEAST.items():
+    for field, interval in BOUNDS.items():
         value = functools.reduce(operator.getitem, field.split("."), config)
-        if value < least:
-            raise UserError(f"config.{field} is {value}; it must be at least {least}")
+        low, high = map(float, interval[1:-1].split(","))
+        above = low < value or (low == value and interval[0] == "[")
+        below = value < high or (value == high and interval[-1] == "]")
+        if not (above and below):  # nor is what is no number
+            raise UserError(f"config.{field} is {value}; it must lie in {interval}")
+    if config.objective == "vlkd" and not any(config.loss.values()):
+        raise UserError("every weight in config.loss is 0; give at least one of them a weight")
     if config.data.source == "shapes_texts" and config.objective != "bart_denoise":
         raise UserError("config.data.source is 'shapes_texts', which has no pictures; set it to shapes or folder")
     if config.early_stop.metric and not config.eval.every:
         raise UserError("config.early_stop.metric needs evaluations; set config.eval.every to a number of steps")
-    for field in ("ratio", "mask_all"):
-        if not 0 <= config.corruption[field] <= 1:
-            raise UserError(f"config.corruption.{field} is {config.corruption[field]}; it must lie between 0 and 1")
     if config.optim.schedule not in ("constant", "linear", "cosine"):
         raise UserError(f"config.optim.schedule is {config.optim.schedule!r}; it is one of constant, linear, cosine")
     devices = jax.device_count() if config.mesh.data == -1 else config.mesh.data
@@ -86,7 +98,9 @@ def check_config(config: ConfigDict) -> None:
 
 
 def whitened(config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh) -> Objective:
-    """The objective with its student's `image_whitening` set from the first training images."""
+    """The objective as training starts: where its student whitens, that is set from the first training images."""
+    if config.objective != "vlkd" or not config.student.whiten:
+        return objective
     stream = train_stream(config, objective, 0)
     found = whitening.estimate(objective, config.student.image_tokens, stream, config.student.whiten, mesh)
     return dataclasses.replace(objective, params=objective.params | {"image_whitening": found})
@@ -187,8 +201,9 @@ class _Loop:
         return bad
 
     def _log(self, step: int, state: TrainState, metrics: dict, progress: Progress) -> None:
-        values = {name: float(value) for name, value in metrics.items() if name != "skipped_in_row"}
-        values = {**progress.rates(step), "lr": float(self.rate(step - 1)), **values, "skipped": int(state.skipped)}
+        values = {name: float(value) for name, value in metrics.items() if name not in ("updates", "skipped_in_row")}
+        rate = float(self.rate(int(metrics["updates"])))  # skipped steps do not move the optimizer's schedule on
+        values = {**progress.rates(step), "lr": rate, **values, "skipped": int(state.skipped)}
         self.writer.write(step, "train", values)
         say(progress.line(step, {k: v for k, v in values.items() if k != "skipped" or v}))
 

@@ -87,11 +87,16 @@ def metric_lines():
 
 def build(directory, reply=mixed, lines=None):
     """(page, result): the report of a run in which the model said what `reply` says."""
-    suite = small_suite()
-    runner = ShapesSuite(suite, Replies(suite, reply))
-    before, _ = ShapesSuite(suite, Replies(suite, lambda task, k, truth: "no")).run(None)
-    after, rows = runner.run(None, blind=True)
-    result = _summary(before, after, runner.majority()) | {"steps": 1234, **circumstances(2)}
+    suite, summaries = small_suite(), []
+    for split in ("test_seen", "test"):
+        suite.split = split
+        # of kinds it has seen, every fifth answer that would be wrong is right
+        said = reply if split == "test" else lambda task, k, truth: truth if k % 5 == 0 else reply(task, k, truth)
+        runner = ShapesSuite(suite, Replies(suite, said))
+        before, _ = ShapesSuite(suite, Replies(suite, lambda task, k, truth: "no")).run(None)
+        after, rows = runner.run(None, blind=True)
+        summaries.append(_summary(before, after, runner.majority()))
+    result = summaries[1] | {"seen_kinds": summaries[0], "steps": 1234, **circumstances(2)}
     metrics = directory / "metrics.jsonl"
     if lines is not None:
         metrics.write_text("\n".join(lines) + "\n")
@@ -149,7 +154,13 @@ def test_everything_is_inlined(whole):
 
 def test_figures_are_those_given(whole):
     text, result = whole
-    rows = {row[0][0]: [cell[:1] for cell in row[1:]] for row in Page(text).rows}
+    tables = [[]]
+    for row in Page(text).rows:
+        cells = [cell[:1] for cell in row[1:]]
+        tables += [[]] if len(tables[-1]) and len(tables[-1][-1][1]) != len(cells) else []
+        tables[-1].append((row[0][0], cells))
+    questions, kinds, others = (dict(table[1:]) for table in tables)  # without their headers
+    rows = questions | others
 
     def told(*values):
         return [["–"] if value is None else [f"{100 * value:.1f}%"] for value in values]
@@ -162,6 +173,15 @@ def test_figures_are_those_given(whole):
     assert rows["text-only questions, no picture"] == told(text_qa["before"], text_qa["after"], None)
     expected = told(retrieval["before"], retrieval["r_at_1"], retrieval["clip_r_at_1"])
     assert rows["retrieval: the right picture first"] == expected
+    seen = result["seen_kinds"]
+    assert seen["vqa"]["after"] > vqa["after"] and seen["caption"]["exact_match"] != caption["exact_match"]
+    for label, one, other in (
+        ("all questions", vqa, seen["vqa"]),
+        *((kind, f, seen["vqa"]["by_type"][kind]) for kind, f in vqa["by_type"].items()),
+        ("captions: attribute F1", caption["attribute_f1"], seen["caption"]["attribute_f1"]),
+        ("captions: right in every detail", caption["exact_match"], seen["caption"]["exact_match"]),
+    ):
+        assert kinds[label] == told(one["after"], other["after"])
     low, high = vqa["after_interval"]
     assert f"(95% interval {100 * low:.1f}–{100 * high:.1f})" in text
     for value in ("1,234 steps", result["date"], result["versions"]["jax"], *result["devices"]):
@@ -173,6 +193,7 @@ def test_right_and_wrong_examples_are_marked_in_words(whole):
     assert text.count("✓ right</p>") == text.count("✗ wrong</p>") == len(shapes.QUESTION_TYPES)
     assert text.count("✓ right in every detail</p>") == text.count("✗ wrong: attribute F1") == 4
     assert "Picked by rule" in text
+    assert "an object whose size, color and shape no training picture combined" in text
     suite = small_suite()
     _, _, first = next(shapes.question_set(suite.seed, suite.split, 1))
     assert f"“{first.question}”" in text  # the sample beside the introduction

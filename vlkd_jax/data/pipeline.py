@@ -72,6 +72,8 @@ class Encoder:
     def _put_texts(self, row: dict[str, Any], record: Record, rng: np.random.Generator) -> None:
         bart = self.bart_text
         text = bart.encode(record.text)
+        if self.truncate:  # before the corruption is drawn, which would else hold text that the target lacks
+            text = text[: self.text_length - 2]
         if record.prompt is not None:
             source = [*bart.encode(record.prompt), bart.mask]
         else:

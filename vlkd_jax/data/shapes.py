@@ -1,7 +1,8 @@
 """The built-in world "shapes": procedural pictures, captions, questions and answers, each a pure function of a seed.
 
 A scene holds one to three objects, each with a shape, a colour, a size and one quadrant of the picture. The splits
-`train` and `validation` never hold a (size, colour, shape) of `HELD_OUT`; every scene of `test` holds at least one.
+`train`, `validation` and `test_seen` never hold a (size, colour, shape) of `HELD_OUT`; every scene of `test` holds at
+least one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ COLORS = {
 RADII = {"small": (8.0, 10.0), "large": (13.5, 16.5)}
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three")
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "test_seen")  # the place of a name is part of its scenes' seeds
 HELD_OUT = frozenset((tuple(RADII)[i % 2], color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS))
 QUESTION_TYPES = ("color", "shape", "size", "count", "existence", "relation", "position")
 

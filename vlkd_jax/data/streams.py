@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data.pipeline import batches
@@ -23,9 +24,10 @@ def make_source(config: ConfigDict, split: str):
     data = config.data
     if data.source == "shapes":
         held_out = split == "validation"
-        return ShapesPairs(0, split, 1 if held_out else data.twins, 1.0 if held_out else data.complete)
+        twins, complete = (1, 1.0) if held_out else (data.twins, data.complete)
+        return ShapesPairs(_world_seed(config, split), split, twins, complete)
     if data.source == "shapes_texts":
-        return ShapesTexts(0, split)
+        return ShapesTexts(_world_seed(config, split), split)
     if data.source == "folder":
         for field in ("captions", "images"):
             if not data[field]:
@@ -34,11 +36,16 @@ def make_source(config: ConfigDict, split: str):
     raise UserError(f"config.data.source is {data.source!r}; it is one of shapes, shapes_texts, folder")
 
 
+def _world_seed(config: ConfigDict, split: str) -> int:
+    """Every seed trains on scenes of its own; the held-out ones are the same for all, so that figures compare."""
+    return config.seed if split == "train" else 0
+
+
 def make_text_source(config: ConfigDict, split: str):
     """Texts without pictures: `config.data.replay`, or this run's own captions."""
     replay = config.data.replay
     if replay == "shapes_texts" or (not replay and config.data.source in ("shapes", "shapes_texts")):
-        return ShapesTexts(0, split)
+        return ShapesTexts(_world_seed(config, split), split)
     if replay in ("", "captions"):
         return CaptionTexts(make_source(config, split))
     return Subset(TextLines(replay), split == "validation", config.data.validation_every)
@@ -58,8 +65,15 @@ def train_stream(config: ConfigDict, objective: Objective, start: int) -> Iterat
     stream = batches(make_source(config, "train"), objective.encoder, **options)
     if not config.loss.text or config.objective != "vlkd":
         return stream
-    texts = batches(make_text_source(config, "train"), objective.replay_encoder, **options | {"shuffle": True})
+    # of one seed with the pairs, the captions of a folder would come in the pairs' order with the pairs' corruption
+    options |= {"seed": derived_seed(config.seed, "replay"), "shuffle": True}
+    texts = batches(make_text_source(config, "train"), objective.replay_encoder, **options)
     return (pair.replace(replay=text.replace(index=None)) for pair, text in zip(stream, texts, strict=True))
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed that has nothing to do with `seed` itself but is the same for the same `purpose`."""
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
 
 
 def held_out(config: ConfigDict, objective: Objective, texts: bool = False) -> list[Batch]:

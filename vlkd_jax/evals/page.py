@@ -39,6 +39,16 @@ intervals by bootstrap over pictures ($resamples resamples; all questions about 
 answer scored the same, the interval shrinks to a point and says little. Most frequent answer: what always giving the
 answer that is right most often for this type of question would score, counted on these very questions. The words of a
 question alone can be worth more: one about a relation names its two possible answers.</p>
+<h3>Kinds of object that training saw, and kinds it never saw</h3>
+<table>
+<thead><tr><th scope="col">right answers after distillation</th><th scope="col">kinds never seen</th>
+<th scope="col">kinds seen in training</th></tr></thead>
+<tbody>$kinds_table</tbody>
+</table>
+<p class="note">A kind is a size, a color and a shape. Every picture above holds an object of a kind that no training
+picture shows; the right column asks as many questions about other new pictures, whose objects are all of kinds that
+training saw. How many objects there are and whether one is there stay close to what can be guessed in both columns:
+question and picture meet only in the decoder, which compares nothing that the encoder has not compared before.</p>
 </section>
 
 <section>

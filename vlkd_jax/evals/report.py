@@ -57,6 +57,7 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
         "sample": _sample(rows, suite),
         "bars": _bars(groups),
         "vqa_table": _vqa_table(groups),
+        "kinds_table": _kinds_table(result),
         "other_table": _other_table(result),
         "resamples": f"{RESAMPLES:,}",
         "captioned": f"{result['caption']['n']:,}",
@@ -120,7 +121,7 @@ def _world(suite: ConfigDict) -> str:
     text = f"The built-in world: pictures of {size} by {size} pixels with one to {most} objects; there are "
     text += ", ".join(f"{len(some)} {name}" for name, some in kinds.items()) + "."
     if suite.split == "test":
-        text += " Every picture asked about holds an object whose color and shape no training picture had together."
+        text += " Every picture asked about holds an object whose size, color and shape no training picture combined."
     return text
 
 
@@ -185,6 +186,23 @@ def _vqa_table(groups: dict[tuple[str, int], dict[str, plots.Bar]]) -> str:
         + "".join(_cell(*group[key]) for key in plots.SERIES)
         + "</tr>"
         for (label, n), group in groups.items()
+    )
+
+
+def _kinds_table(result: dict[str, Any]) -> str:
+    """After distillation: kinds of object that no training picture shows beside kinds that training saw."""
+    seen = result["seen_kinds"]
+    lines = [("all questions", result["n"], result["vqa"], seen["vqa"])]
+    lines += [(kind, f["n"], f, seen["vqa"]["by_type"][kind]) for kind, f in result["vqa"]["by_type"].items()]
+    lines += [
+        (f"captions: {label}", result["caption"]["n"], result["caption"][name], seen["caption"][name])
+        for name, label in (("attribute_f1", "attribute F1"), ("exact_match", "right in every detail"))
+    ]
+    return "".join(
+        f'<tr><th scope="row">{_text(label)}<small>n = {n:,} each</small></th>'
+        + "".join(_cell(figure["after"], figure["after_interval"]) for figure in pair)
+        + "</tr>"
+        for label, n, *pair in lines
     )
 
 
@@ -364,6 +382,6 @@ def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
         "retrieval": f"{result['retrieval']['n']:,} pictures",
         "devices": ", ".join(result["devices"]) + f" ({result['machine']})",
         "versions": f"Python {result['python']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
-        "the same again": f"python -m vlkd_jax.demo --workdir=DIR --seed={result['seed']}",
+        "the same again": f"vlkd demo --workdir=DIR --seed={result['seed']}",
     }
     return "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in lines.items())

@@ -13,8 +13,6 @@ from vlkd_jax.models.configs import BartConfig
 from vlkd_jax.models.layers import Dense
 from vlkd_jax.types import Array
 
-MAX_LOGIT_SCALE = 100.0
-
 
 class Whitening(nn.Module):
     """A fixed affine map of [..., D], float32; `vlkd_jax.whitening` gives its values, until then it is the identity."""
@@ -24,7 +22,9 @@ class Whitening(nn.Module):
         width = x.shape[-1]
         mean = self.param("mean", nn.initializers.zeros, (width,))
         matrix = self.param("matrix", lambda _: jnp.eye(width))
-        return (x.astype(jnp.float32) - jax.lax.stop_gradient(mean)) @ jax.lax.stop_gradient(matrix)
+        centred = x.astype(jnp.float32) - jax.lax.stop_gradient(mean)
+        # rounded to TF32 or bfloat16, the strong directions would drown the weak ones that this is to bring up
+        return jnp.matmul(centred, jax.lax.stop_gradient(matrix), precision="highest")
 
 
 class Student(nn.Module):
@@ -93,8 +93,8 @@ class Student(nn.Module):
         return self.bart.logits(self.bart.decode(inputs, memory, mask, deterministic=deterministic))
 
     def scale(self) -> Array:
-        """The inverse temperature of the contrastive loss, capped at 100 as CLIP's."""
-        return jnp.minimum(jnp.exp(self.logit_scale), MAX_LOGIT_SCALE)
+        """The inverse temperature of the contrastive loss; the train step keeps it at 100 or less, as CLIP's."""
+        return jnp.exp(self.logit_scale)
 
     def cross_cache(self, memory: Array):
         """Cross-attention keys and values of a memory, computed once."""
