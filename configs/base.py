@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
             "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise
             "clip": "",  # Hugging Face directory of the CLIP (the teacher, or the one that clip_contrastive trains)
             "bart": "",  # Hugging Face directory of the BART (the student's start, or the one bart_denoise trains)
-            "seed": 0,  # of the order of the data (shapes: of its scenes), the corruption, the dropout and the two linears
+            "seed": 0,  # of the data's order (shapes: of the scenes), the corruption, the dropout and the two linears
             "steps": 1000,
             "batch_size": 64,  # global: pairs (or texts) an optimizer step
             "dtype": "float32",  # of activations: float32 | bfloat16; parameters stay float32
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 "source": "shapes",  # shapes | shapes_texts | folder
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
                 "images": "",  # folder: where the images lie
-                "validation_every": 20,  # folder: every 20th pair is held out
+                "validation_every": 20,  # folder: one image in so many is held out, with all its captions
                 "replay": "",  # texts for loss.text and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)
@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
                 "source_length": 64,  # tokens of a corrupted one
                 "context_length": 0,  # tokens of a text-only record's context (shapes_texts); 0: none
                 "replay_length": 64,  # tokens of a corrupted text-only record beside the pairs (replay, retention)
-                "truncate": False,  # cut captions that are too long; otherwise they are an error
+                "truncate": False,  # cut captions that are too long; otherwise they cannot be used
+                "max_unusable": 0.01,  # share of records that may be bad: they are passed over; more end the run
                 "threads": 2,  # that read, decode and tokenise ahead
             },
             "corruption": {  # BART's text infilling

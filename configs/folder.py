@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.data.captions = ""  # COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
     config.data.images = ""  # the folder that the image paths in it are relative to
     config.data.source = "folder"
-    config.data.text_length = 64  # captions with more tokens are an error, unless:
+    config.data.text_length = 64  # captions with more tokens cannot be used, unless:
     config.data.source_length = 64
     config.data.replay_length = 64
     config.data.truncate = False  # True cuts them

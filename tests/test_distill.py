@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import json
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import HIDDEN, make_objective, make_train_step, teacher_outputs
 from vlkd_jax.errors import UserError
+from vlkd_jax.hf.save import save_bart
 from vlkd_jax.optim import LINEARS, count_parameters, decayed, groups, make_optimizer, schedule
 from vlkd_jax.types import Batch, TrainState
 
@@ -427,3 +430,19 @@ def test_batches_without_a_field_are_trees(mixed):
     """What an objective does not use is no leaf, so nothing of it is moved to a device."""
     assert len(jax.tree.leaves(mixed.batch.replace(replay=None))) == 8
     assert jax.tree.leaves(Batch()) == []
+
+
+@pytest.mark.parametrize("objective", ["vlkd", "bart_denoise"])
+def test_what_is_saved_keeps_the_dropout_of_its_parent(assets, tmp_path, objective):
+    """A run trains with rates of its own; the directory written from it says what the one it came from said."""
+    shutil.copytree(assets / "bart", tmp_path / "bart")
+    values = json.loads((tmp_path / "bart" / "config.json").read_text())
+    rates = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3}
+    (tmp_path / "bart" / "config.json").write_text(json.dumps(values | rates))
+    config = tiny_config(assets, objective=objective, bart=str(tmp_path / "bart"), dropout=0.4)
+    made = make_objective(config)
+    assert made.module.config.dropout == 0.4 and made.module.config.attention_dropout == 0
+    params = made.params["bart"] if objective == "vlkd" else made.params
+    save_bart(tmp_path / "saved", made.configs["bart"], params)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {name: saved[name] for name in rates} == rates

@@ -103,7 +103,7 @@ def test_nothing_flows_back_from_masked_positions(rng):
 
 
 def test_parts_add_up_but_those_of_itcl(rng):
-    """Sums and counts of two unequal parts are those of the whole; a part of a contrastive batch has fewer negatives."""
+    """Sums and counts of two unequal parts are those of the whole; part of a contrastive batch has fewer negatives."""
     logits, targets, mask = token_inputs(rng)
     sentence, text = vectors(rng), vectors(rng)
     for loss, inputs in (

@@ -21,6 +21,7 @@ from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data import streams
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
+from vlkd_jax.optim import schedule
 from vlkd_jax.train import STOPPED, check_config, train
 
 MIXED = {"loss__text": 0.5, "loss__l2": 0.1, "dropout": 0.1, "data__context_length": 0}
@@ -249,7 +250,8 @@ def states_by_step(monkeypatch):
 def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {3, 4, 6})
     seen = states_by_step(monkeypatch)
-    state = train(tiny_config(assets, **MIXED, nan_limit=3), tmp_path / "run")
+    config = tiny_config(assets, **MIXED, nan_limit=3)
+    state = train(config, tmp_path / "run")
     assert int(state.step) == 6 and int(state.skipped) == 3 and int(state.skipped_in_row) == 1
     assert [seen[k][0] for k in range(2, 7)] == [0, 1, 2, 2, 3]
     for bad, good in ((3, 2), (4, 2), (6, 5)):
@@ -259,7 +261,12 @@ def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     out = capsys.readouterr().out
     assert [int(k) for k in re.findall(r"step (\d+): the loss or its gradient is not finite", out)] == [3, 4, 6]
-    assert [line["skipped"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 2, 3]
+    lines = metrics_of(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3]
+    rates = [float(schedule(config.optim, config.optim.lr, config.steps)(k)) for k in range(6)]
+    counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == np.int32}
+    assert counts == {3}  # updates applied: the optimizer's schedule stands where the logged rate says
+    assert [line["lr"] for line in lines] == pytest.approx([rates[k] for k in (1, 2, 2, 2, 3)])
 
 
 def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):

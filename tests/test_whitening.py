@@ -10,7 +10,8 @@ from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import make_objective, select_tokens
 from vlkd_jax.errors import UserError
 from vlkd_jax.evaluate import load_run
-from vlkd_jax.train import train
+from vlkd_jax.models.vlkd import Whitening
+from vlkd_jax.train import train, whitened
 
 IMAGES, BATCHES = 20, 3  # 20 images are three batches of 8
 
@@ -75,6 +76,28 @@ def test_training_sets_it_once_and_keeps_it(config, objective, estimates, tmp_pa
     w, kernel = jax.device_get((later.params["image_whitening"], later.params["image_projection"]["kernel"]))
     np.testing.assert_allclose(prefix, (tokens - w["mean"]) @ w["matrix"] @ kernel, atol=1e-4)
     assert np.abs(kernel - objective.params["image_projection"]["kernel"]).max() > 0
+
+
+def test_before_training_is_as_training_starts(config, estimates, tmp_path):
+    """What is compared with the trained student, in the demo and in `evaluate`, whitens from the start too."""
+    started = whitened(config, make_objective(config), sharding.make_mesh(1)).params
+    train(config, tmp_path)
+    for params in (started, load_run(tmp_path)[1].params):
+        for name, value in estimates[0].items():
+            np.testing.assert_allclose(params["image_whitening"][name], value, rtol=1e-5, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(started), jax.tree.leaves(load_run(tmp_path)[1].params), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_it_is_exact_on_every_device(config, objective, estimates):
+    """Rounded to TF32 or bfloat16, as accelerators do unless asked, strong directions would drown the weak ones."""
+    params = objective.params | {"image_whitening": estimates[0]}
+    tokens = np.zeros((2, 5, WIDTH), np.float32)
+    with jax.default_matmul_precision("bfloat16"):
+        whitening_module = Whitening()
+        lowered = jax.jit(whitening_module.apply).lower({"params": params["image_whitening"]}, tokens)
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 1 and "HIGHEST" in products[0]
 
 
 def test_a_negative_number_of_images_is_refused(config, tmp_path):

@@ -66,7 +66,7 @@ def read_config(name: str, argument: str | None = None) -> ConfigDict:
 
 
 def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
-    """Runs every stage; returns what demo.json holds: figures on unseen kinds and, under `seen_kinds`, on the others."""
+    """Runs every stage; returns what demo.json holds: figures on unseen kinds and, as `seen_kinds`, on the others."""
     started, stages = time.monotonic(), Stages()
     config, suites = read_config("shapes_vlkd"), read_config("suites", ",".join(SUITES))
     config.seed = seed

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that mean "the user can mend this"."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     Entry points print `error: <message>` and exit with status 2; everything else keeps its traceback.
     """
+
+
+class RecordError(UserError):
+    """One record that cannot be used. Training passes it over and counts it under `reason`, a few words."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason

@@ -25,6 +25,7 @@ from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import pairs_suite
 from vlkd_jax.evals.shapes_suite import ShapesSuite
+from vlkd_jax.identity import check_inputs
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
@@ -37,13 +38,14 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
     """(config, objective as its training started, trained parameters, step) of a training run's newest checkpoint.
 
     Raises:
-      UserError: no run there, no checkpoint yet, or the models it names have moved.
+      UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
-    config = ConfigDict(read_json(path))
+    config = complete(read_json(path))
     objective = make_objective(config)
+    check_inputs(Path(directory), config)
     mesh = sharding.make_mesh(1)
     optimizer = make_optimizer(config.optim, config.steps)
     empty = jax.eval_shape(lambda: start_state(objective, optimizer, mesh))
@@ -123,7 +125,7 @@ def main() -> None:
     found = evaluate(suites, predictor, params, objective.params, workdir)
     result = {
         "suites": found,
-        "checkpoint": {"directory": flags.FLAGS.checkpoint, "step": step},
+        "checkpoint": {"directory": str(Path(flags.FLAGS.checkpoint).absolute()), "step": step},
         **circumstances(config.seed),
     }
     result |= {"dtype": config.dtype, "batch_size": suites.batch_size, "decoding": "greedy"}

@@ -21,16 +21,21 @@ from ml_collections import ConfigDict, config_flags
 
 from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
-from vlkd_jax.data.streams import train_stream
+from vlkd_jax.data.pipeline import UnusableRecords
+from vlkd_jax.data.streams import text_lengths, train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
+from vlkd_jax.identity import check_inputs, with_absolute_paths
 from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.types import Batch, TrainState
 from vlkd_jax.workdir import claim, write_atomic
 
-MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "mesh", "data.threads")
+MAY_CHANGE = (
+    *("steps", "log_every", "save_every", "keep", "mesh", "data.threads", "data.max_unusable"),
+    *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
+)
 """Config fields that may differ when a run is resumed."""
 BOUNDS = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
@@ -44,7 +49,7 @@ BOUNDS = {
     **dict.fromkeys(("data.text_length", "data.source_length", "data.replay_length"), "[3, inf)"),
     **dict.fromkeys(("loss.ttdm", "loss.itcl", "loss.icti", "loss.text", "loss.l2", "early_stop.max_drop"), "[0, inf)"),
     **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
-    **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete"), "[0, 1]"),
+    **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete", "data.max_unusable"), "[0, 1]"),
     **dict.fromkeys(("dropout", "optim.b1", "optim.b2"), "[0, 1)"),
     **{"optim.clip_norm": "[0, inf)", "optim.eps": "(0, inf)", "corruption.poisson": "(0, inf)"},
 }
@@ -60,9 +65,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       UserError: a config, a directory or a record that cannot be used; training that diverged (`entry.Diverged`).
     """
     check_config(config)
+    config = with_absolute_paths(config)
     with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE) as directory:
         mesh = sharding.make_mesh(config.mesh.data)
         objective = make_objective(config)
+        check_inputs(directory, config)
         optimizer = make_optimizer(config.optim, config.steps)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
             fresh, meta = checkpoints.latest() is None, {}
@@ -70,7 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 objective = whitened(config, objective, mesh)
             state = start_state(objective, optimizer, mesh)
             if not fresh:
-                _, state, meta = checkpoints.restore(jax.tree.map(abstract, state))
+                step, state, meta = checkpoints.restore(jax.tree.map(abstract, state))
+                _tell_changed_schedule(config, meta.get("steps", config.steps), step)
             loop = _Loop(config, directory, objective, mesh, checkpoints, meta)
             return loop.run(state, make_train_step(objective, optimizer, config.dropout, config.seed))
 
@@ -95,6 +103,17 @@ def check_config(config: ConfigDict) -> None:
     devices = jax.device_count() if config.mesh.data == -1 else config.mesh.data
     if config.batch_size % max(devices, 1):
         raise UserError(f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
+
+
+def _tell_changed_schedule(config: ConfigDict, before: int, step: int) -> None:
+    """One line when the length of a resumed run, along which its learning rate falls, is another than it was."""
+    if config.steps == before or config.optim.schedule == "constant":
+        return
+    old, new = (float(schedule(config.optim, config.optim.lr, steps)(step)) for steps in (before, config.steps))
+    say(
+        f"config.steps is {config.steps} and was {before}: the {config.optim.schedule} schedule now ends there, and the "
+        f"learning rate goes on with {new:.3g} instead of {old:.3g} at step {step}"
+    )
 
 
 def whitened(config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh) -> Objective:
@@ -133,6 +152,7 @@ class _Loop:
         self.early_stop = EarlyStop(config.early_stop.metric, config.early_stop.max_drop, meta.get("retention_start"))
         self.stopped = directory / STOPPED
         self.rate = schedule(config.optim, config.optim.lr, config.steps)
+        self.unusable = UnusableRecords(config.data.max_unusable)
 
     def run(self, state: TrainState, step_function) -> TrainState:
         """Steps until `config.steps`, or until early stopping."""
@@ -147,13 +167,16 @@ class _Loop:
             f"{config.objective}: {count_parameters(trained):,} parameters trained, "
             f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
         )
+        for line in text_lengths(config, self.objective):
+            say(line)
         progress = Progress(config.steps, config.batch_size, start)
         if start == 0:
             self._evaluate(0, state, progress)
             if self.early_stop.metric:
                 self.checkpoints.save(0, state, self._meta())
         bad: list[str] = []
-        for step, batch in enumerate(self._timed(train_stream(config, self.objective, start), progress), start + 1):
+        stream = train_stream(config, self.objective, start, self.unusable)
+        for step, batch in enumerate(self._timed(stream, progress), start + 1):
             state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)))
             bad = self._watch(step, metrics, batch, bad)
             if step == start + 1:
@@ -174,6 +197,8 @@ class _Loop:
         return state
 
     def _finish(self, step: int) -> None:
+        if self.unusable.reasons:
+            say(f"records passed over: {self.unusable}")
         memory = peak_memory()
         self.writer.write(step, "memory", memory)
         self.writer.close()
@@ -203,9 +228,10 @@ class _Loop:
     def _log(self, step: int, state: TrainState, metrics: dict, progress: Progress) -> None:
         values = {name: float(value) for name, value in metrics.items() if name not in ("updates", "skipped_in_row")}
         rate = float(self.rate(int(metrics["updates"])))  # skipped steps do not move the optimizer's schedule on
-        values = {**progress.rates(step), "lr": rate, **values, "skipped": int(state.skipped)}
+        counts = {"skipped": int(state.skipped), "unusable_records": self.unusable.reasons.total()}
+        values = {**progress.rates(step), "lr": rate, **values, **counts}
         self.writer.write(step, "train", values)
-        say(progress.line(step, {k: v for k, v in values.items() if k != "skipped" or v}))
+        say(progress.line(step, {k: v for k, v in values.items() if k not in counts or v}))
 
     def _evaluate(self, step: int, state: TrainState, progress: Progress) -> bool:
         """Writes the held-out figures; whether to stop."""
@@ -219,7 +245,7 @@ class _Loop:
         return self.early_stop(figures)
 
     def _meta(self) -> dict:
-        return {"retention_start": self.early_stop.start}
+        return {"retention_start": self.early_stop.start, "steps": self.config.steps}
 
     def _last_good(self, step: int, state: TrainState) -> TrainState:
         """The newest checkpoint: the last evaluated state that was within the limit. The run is marked as complete."""

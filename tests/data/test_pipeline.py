@@ -1,5 +1,6 @@
 """Batches: a pure function of seed and step, however they are read; and the proof that no question meets an image."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ from tiny import tiny_config
 
 from vlkd_jax.data import shapes
 from vlkd_jax.data.pipeline import Corruption, Encoder, batches
+from vlkd_jax.data.shapes import SPLITS
 from vlkd_jax.data.sources import Record, ShapesPairs, ShapesTexts, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
@@ -155,6 +157,12 @@ def test_long_texts(assets):
         assert all(
             w in message for w in ("captions.tsv line 3", "field caption", whose, "limit is 20", "data.truncate")
         )
+    encode = Encoder(clip, 20, bart, 20, 60, truncate=True, corruption=corruption)
+    row = encode(record, rng)
+    np.testing.assert_array_equal(row["source_ids"][:20], row["text_ids"])  # nothing was corrupted, so it says the same
+    assert row["source_mask"].sum() == 20
+    words = dataclasses.replace(encode, corruption=Corruption(0.0, 3.0, 1.0))(record, rng)
+    assert words["source_ids"][words["source_mask"]].tolist() == bart.wrap([bart.mask])
     encode = Encoder(clip, 20, bart, 20, 20, truncate=True, corruption=corruption)
     row = encode(record, rng)
     for name, end in (("clip", clip.eos), ("text", bart.eos), ("source", bart.eos)):
@@ -194,6 +202,31 @@ def folder_config(assets, tmp_path, **changes):
         "data__images": f"{tmp_path}/images",
     }
     return tiny_config(assets, **folder, data__validation_every=4, **changes)
+
+
+@pytest.mark.parametrize("replay", ["", "captions"])
+def test_replayed_captions_are_not_the_pairs_own(assets, tmp_path, replay):
+    """They come in another order and with another corruption: the same row again would teach nothing new."""
+    config = folder_config(assets, tmp_path, data__replay=replay, loss__text=1.0, data__replay_length=40)
+    objective = make_objective(config)
+    same_text, same_source, rows = 0, 0, 0
+    for batch in itertools.islice(train_stream(config, objective, 0), 12):
+        for k in range(len(batch.index)):
+            rows += 1
+            same_text += (batch.text_ids[k] == batch.replay.text_ids[k]).all()
+            same_source += (batch.source_ids[k] == batch.replay.source_ids[k]).all()
+    assert rows == 96 and same_text < 16 and same_source < 16  # of 30 captions now and then one meets itself
+
+
+def test_seeds_train_on_scenes_of_their_own(assets):
+    """And are measured on the same held-out ones."""
+    for name in ("shapes", "shapes_texts"):
+        configs = [tiny_config(assets, seed=seed, data__source=name) for seed in (0, 0, 3)]
+        train, held_out = ([[make_source(c, s)[i].text for i in range(20)] for c in configs] for s in SPLITS[:2])
+        assert train[0] == train[1] != train[2] and len(set(train[0]) & set(train[2])) < 10
+        assert held_out[0] == held_out[1] == held_out[2]
+        texts = [[make_text_source(c, s)[i].text for i in range(20)] for c in configs for s in SPLITS[:2]]
+        assert texts[0] == texts[2] != texts[4] and texts[1] == texts[3] == texts[5]
 
 
 def test_training_and_held_out_items_do_not_meet(assets, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -26,7 +26,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """Reads a picture as RGB, turned upright as its EXIF orientation says; transparency lies on white.
 
     Raises:
-      UserError: the file is missing, is no picture, is damaged, or holds more than `MAX_PIXELS` pixels.
+      RecordError: the file is missing, is no picture, is damaged, or holds more than `MAX_PIXELS` pixels.
     """
     image = check_header(source)
     try:
@@ -43,9 +43,10 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise _damaged(source, e) from e
 
 
-def _damaged(source: str | Path | bytes, error: Exception) -> UserError:
+def _damaged(source: str | Path | bytes, error: Exception) -> RecordError:
     reason = str(error) or type(error).__name__
-    return UserError(f"{_name(source)}: the image does not decode ({reason}); replace the file or drop its line")
+    message = f"{_name(source)}: the image does not decode ({reason}); replace the file or drop its line"
+    return RecordError("image does not decode", message)
 
 
 def _name(source: str | Path | bytes) -> str:
@@ -56,17 +57,19 @@ def check_header(source: str | Path | bytes) -> Image.Image:
     """Opens a picture without decoding it.
 
     Raises:
-      UserError: missing, not a picture, or too many pixels.
+      RecordError: missing, not a picture, or too many pixels.
     """
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as e:
-        raise UserError(f"{source}: image file not found; correct the path or drop its line") from e
+        message = f"{source}: image file not found; correct the path or drop its line"
+        raise RecordError("image not found", message) from e
     except Exception as e:  # as above
         raise _damaged(source, e) from e
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height} pixels"
-        raise UserError(f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller")
+        message = f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller"
+        raise RecordError("image too large", message)
     return image
 
 

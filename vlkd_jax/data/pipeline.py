@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +14,12 @@ import numpy as np
 from vlkd_jax.data.images import normalise, open_image, resize_and_crop
 from vlkd_jax.data.sources import Record
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.metrics import say
 from vlkd_jax.types import Batch
+
+TRIES = 100
+"""So many records in a row that cannot be used end a run: its disk is gone, or all of them are bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Encoder:
       truncate: cut texts that are too long instead of raising.
 
     Raises (on a call):
-      UserError: a text is too long, or an image does not decode; it names the record.
+      RecordError: a text is too long, or an image does not decode; it names the record.
     """
 
     clip_text: ClipText | None = None
@@ -61,13 +67,23 @@ class Encoder:
             self._put_texts(row, record, rng)
         return row
 
+    def limits(self) -> dict[str, int]:
+        """Room for a caption in each vocabulary, in tokens, the two ends included."""
+        limits = {"BART": self.text_length} if self.bart_text else {}
+        return limits | ({"CLIP": self.clip_length} if self.clip_text else {})
+
+    def lengths(self, record: Record) -> dict[str, int]:
+        """Tokens of the whole caption in each vocabulary, before any cut."""
+        lengths = {"BART": 2 + len(self.bart_text.encode(record.text))} if self.bart_text else {}
+        return lengths | ({"CLIP": len(self.clip_text.encode(record.text))} if self.clip_text else {})
+
     def _open(self, record: Record):
         if isinstance(record.image, np.ndarray):
             return record.image
         try:
             return open_image(record.image)
-        except UserError as e:
-            raise UserError(f"{record.name}: field image: {e}") from e
+        except RecordError as e:
+            raise RecordError(e.reason, f"{record.name}: field image: {e}") from e
 
     def _put_texts(self, row: dict[str, Any], record: Record, rng: np.random.Generator) -> None:
         bart = self.bart_text
@@ -98,9 +114,10 @@ class Encoder:
         if self.truncate:
             return [*ids[: length - 1], ids[-1]]
         more = f"raise {field} if the model has the positions, " if field else ""
-        raise UserError(
+        raise RecordError(
+            "caption too long",
             f"{record.name}: field caption has {len(ids)} of {whose} tokens, the limit is {length}; "
-            f"shorten it, {more}or set data.truncate=True"
+            f"shorten it, {more}or set data.truncate=True",
         )
 
     def _put(self, row: dict[str, Any], name: str, ids: list[int], length: int, pad_id: int) -> None:
@@ -108,17 +125,51 @@ class Encoder:
         row[f"{name}_ids"], row[f"{name}_mask"] = padded[0], mask[0]
 
 
-class _Indexed:
-    """A source whose items carry their index."""
+class UnusableRecords:
+    """Counts the records that training passed over, by reason, and ends a run that passes over too many.
 
-    def __init__(self, source):
-        self.source = source
+    Each is named on standard output the first time it is met.
 
-    def __len__(self) -> int:
-        return len(self.source)
+    Args:
+      limit: the largest share of the records read that may be unusable.
+    """
 
-    def __getitem__(self, index: int) -> tuple[int, Record]:
-        return index, self.source[index]
+    GRACE = 1000
+    """Records the share is taken of at least, so that an early bad one does not end a run."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.reasons: Counter[str] = Counter()
+        self._read = self._unusable = 0
+        self._named: set[str] = set()
+        self._last = ""
+        self._lock = threading.Lock()  # records are read by several threads
+
+    def add(self, error: RecordError) -> None:
+        """Takes note of one; the same record may come again in a later epoch."""
+        with self._lock:
+            self._last = str(error)
+            if self._last not in self._named:
+                self._named.add(self._last)
+                self.reasons[error.reason] += 1
+                say(f"record passed over, {error.reason}: {error}")
+
+    def check(self, unusable: np.ndarray) -> None:
+        """After each batch: int [B], how many were passed over for each row.
+
+        Raises:
+          UserError: more than `limit` of what was read.
+        """
+        self._unusable += int(unusable.sum())
+        self._read += len(unusable) + int(unusable.sum())
+        if self._unusable > self.limit * max(self._read, self.GRACE):
+            raise UserError(
+                f"{self._unusable} of the {self._read} records read so far cannot be used ({self}), more than "
+                f"config.data.max_unusable={self.limit:g} allows; mend them or raise it; the last one: {self._last}"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
 
 
 def batches(
@@ -131,25 +182,46 @@ def batches(
     shuffle: bool = True,
     process: tuple[int, int] = (0, 1),
     threads: int = 2,
+    unusable: UnusableRecords | None = None,
 ) -> Iterator[Batch]:
     """Endless batches from step `start` on, read ahead by `threads` threads; starting late costs nothing.
+
+    A record that cannot be used is replaced by one drawn from the random numbers of its place in the order: the others
+    stay where they are, for any number of processes and threads.
 
     Args:
       source: see `vlkd_jax.data.sources`.
       batch_size: global; each process gets its share `batch_size // n`, rows p, p + n, ... of the global batch.
       seed: of the order and of every random choice in `encode`.
       process: (this process p, number of processes n).
+      unusable: counts the records passed over; default: the first one is raised.
+
+    Raises (from the iterator):
+      UserError: too many records that cannot be used, or `TRIES` in a row.
     """
+    unusable = UnusableRecords(0.0) if unusable is None else unusable
 
-    def row(item: tuple[int, Record], rng: np.random.Generator) -> dict[str, Any]:
-        index, record = item
-        return {"index": np.int64(index), **encode(record, rng)}
+    def row(index: int, rng: np.random.Generator) -> dict[str, Any]:
+        for tries in range(TRIES):
+            try:
+                return {"index": np.int64(index), "unusable": np.int64(tries), **encode(source[int(index)], rng)}
+            except RecordError as e:
+                if not unusable.limit:
+                    raise
+                unusable.add(e)
+                index = rng.integers(len(source))
+        raise UserError(f"{TRIES} records in a row cannot be used ({unusable}); is the data still in its place?")
 
-    data = grain.MapDataset.source(_Indexed(source)).seed(seed)
+    def deliver() -> Iterator[Batch]:
+        for rows in iterator:
+            unusable.check(rows.pop("unusable"))
+            yield Batch(**rows)
+
+    data = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         data = data.shuffle()
     data = data.repeat().random_map(row)[process[0] :: process[1]].batch(batch_size // process[1])
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(data.to_iter_dataset(options))
     iterator.set_state({"next_index": start})
-    return (Batch(**rows) for rows in iterator)
+    return deliver()

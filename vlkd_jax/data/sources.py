@@ -6,14 +6,18 @@ A source has `__len__` and `__getitem__(index) -> Record`; a record is a functio
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import posixpath
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlkd_jax.data import shapes
 from vlkd_jax.data.images import check_header
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
 
 WORLD_SIZE = 1 << 31
 """The built-in world draws scenes on the fly; this is only how many different indices it has."""
@@ -99,6 +103,10 @@ class TextLines:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def key(self, index: int) -> str:
+        """What must not lie on both sides of a split: the text."""
+        return self.lines[index]
+
     def __getitem__(self, index: int) -> Record:
         return Record(self.lines[index], name=f"{self.path} text {index + 1}")
 
@@ -107,13 +115,19 @@ class FolderPairs:
     """Pictures of a folder and their captions: COCO captions JSON, JSONL (`image`, `caption`) or TSV.
 
     TSV lines are `image<TAB>caption`. Image paths are relative to `images`. Every line is checked at the start: its
-    caption is not empty, its image is there and its header is that of a picture.
+    caption is not empty, its image is there and its header is that of a picture. A line that is not good keeps its
+    place, and raises when it is read.
+
+    Args:
+      captions: the file; images: the folder.
+      max_unusable: the largest share of lines that may be bad.
 
     Raises:
-      UserError: naming the file, the line or entry, the field and the mend.
+      UserError: naming the file, the line or entry, the field and the mend; more lines than that are bad.
+      RecordError (on reading an item): a line that is not good.
     """
 
-    def __init__(self, captions: str | Path, images: str | Path):
+    def __init__(self, captions: str | Path, images: str | Path, max_unusable: float = 0.0):
         self.path, self.images = Path(captions), Path(images)
         readers = {".json": _coco_pairs, ".jsonl": _jsonl_pairs, ".tsv": _tsv_pairs}
         if self.path.suffix not in readers:
@@ -121,48 +135,98 @@ class FolderPairs:
         self.pairs = readers[self.path.suffix](self.path)
         if not self.pairs:
             raise UserError(f"{self.path}: no captions in it")
-        for where, image, text in self.pairs:
-            wrong = [name for name, value in (("image", image), ("caption", text)) if not isinstance(value, str)]
-            if wrong:
-                raise UserError(f"{self.path} {where}: field {wrong[0]} is not a text; correct the entry")
-            if not text.strip():
-                raise UserError(f"{self.path} {where}: field caption is empty; write a caption or drop the line")
-            path = self.images / image
-            if not path.is_file():
-                raise UserError(f"{self.path} {where}: image {path} not found; correct data.images or the line")
-        for image, where in {image: where for where, image, _ in reversed(self.pairs)}.items():
-            try:
-                check_header(self.images / image).close()
-            except UserError as e:
-                raise UserError(f"{self.path} {where}: field image: {e}") from e
+        self.faults = self._find_faults()
+        raise_if_too_many(list(self.faults.values()), len(self.pairs), max_unusable)
+
+    def _find_faults(self) -> dict[int, RecordError]:
+        faults = {index: pair for index, pair in enumerate(self.pairs) if isinstance(pair, RecordError)}
+        images: dict[str, RecordError | None] = {}
+        for index, pair in enumerate(self.pairs):
+            fault = faults.get(index) or self._text_fault(*pair)
+            if not fault:
+                where, image, _ = pair
+                if image not in images:
+                    images[image] = self._image_fault(where, image)
+                fault = images[image]
+            if fault:
+                faults[index] = fault
+        return faults
+
+    def _text_fault(self, where: str, image: Any, text: Any) -> RecordError | None:
+        for name, value in (("image", image), ("caption", text)):
+            if not isinstance(value, str):
+                message = f"{self.path} {where}: field {name} is not a text; correct the entry"
+                return RecordError("malformed entry", message)
+        if not text.strip():
+            message = f"{self.path} {where}: field caption is empty; write a caption or drop the line"
+            return RecordError("caption empty", message)
+        return None
+
+    def _image_fault(self, where: str, image: str) -> RecordError | None:
+        path = self.images / image
+        if not path.is_file():
+            message = f"{self.path} {where}: image {path} not found; correct data.images or the line"
+            return RecordError("image not found", message)
+        try:
+            check_header(path).close()
+        except RecordError as e:
+            return RecordError(e.reason, f"{self.path} {where}: field image: {e}")
+        return None
+
+    def key(self, index: int) -> str:
+        """What must not lie on both sides of a split: the image."""
+        pair = self.pairs[index]
+        return str(pair) if isinstance(pair, RecordError) else posixpath.normpath(str(pair[1]))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Record:
+        if index in self.faults:
+            raise self.faults[index]
         where, image, text = self.pairs[index]
         return Record(" ".join(text.split()), self.images / image, name=f"{self.path} {where}")
 
 
+def raise_if_too_many(faults: Sequence[RecordError], count: int, max_unusable: float) -> None:
+    """Raises UserError with the first of `faults` when they are more than that share of `count` records."""
+    if len(faults) > max_unusable * count:
+        share = f"{len(faults)} of {count} records cannot be used, config.data.max_unusable is {max_unusable:g}"
+        raise UserError(f"{faults[0]} ({share})")
+
+
 class Subset:
-    """Every `every`-th item of a source for validation (`held_out`), or the rest for training.
+    """The items of a source that are held out for validation, or the others for training.
+
+    Items with the same `source.key` (captions of one image) stay on one side: about one key in `every`, chosen by its
+    hash alone, so that lines may be added or put into another order without moving a key to the other side.
 
     Raises:
       UserError: there is none.
     """
 
     def __init__(self, source, held_out: bool, every: int = 20):
-        keep = [i for i in range(len(source)) if (i % every == 0) == held_out]
-        if not keep:
-            name = getattr(source, "path", "the data")
-            raise UserError(f"{name}: {len(source)} item(s) leave none to train on beside the held-out ones; add some")
-        self.source, self.indices = source, keep
+        keys = [source.key(i) for i in range(len(source))]
+        apart = _held_out_keys(set(keys), every)
+        self.source, self.indices = source, [i for i, key in enumerate(keys) if (key in apart) == held_out]
+        if not self.indices:
+            raise UserError(
+                f"{source.path}: {len(set(keys))} different item(s) leave none to train on beside the held-out ones; "
+                "add some"
+            )
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
         return self.source[self.indices[index]]
+
+
+def _held_out_keys(keys: set[str], every: int) -> set[str]:
+    """Those whose hash is a multiple of `every`, but at least one and, of two or more, not all."""
+    hashes = {key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys}
+    chosen = {key for key, digest in hashes.items() if int.from_bytes(digest, "big") % every == 0}
+    return chosen if 0 < len(chosen) < len(keys) else {min(hashes, key=hashes.__getitem__)}
 
 
 def _read_text(path: Path) -> str:
@@ -187,47 +251,58 @@ def read_json(path: str | Path):
         raise UserError(f"{path} line {e.lineno}: not JSON ({e.msg}); correct the file") from e
 
 
-def _coco_pairs(path: Path) -> list[tuple[str, str, str]]:
+Pairs = list[tuple[str, Any, Any] | RecordError]
+"""(where, image, caption) of each line or entry, as they stand there; in the place of a line that is none, why."""
+
+
+def _coco_pairs(path: Path) -> Pairs:
     data = read_json(path)
     try:
         files = {image["id"]: image["file_name"] for image in data["images"]}
-        rows = [
-            (f"annotation {a.get('id', k)}", a["image_id"], a["caption"]) for k, a in enumerate(data["annotations"])
-        ]
-        unknown = [where for where, image, _ in rows if image not in files]
+        return [_coco_pair(path, f"annotation {a.get('id', k)}", a, files) for k, a in enumerate(data["annotations"])]
     except KeyError as e:
         raise UserError(f"{path}: field {e} is missing; a COCO captions file has images and annotations") from e
     except (TypeError, AttributeError) as e:
         raise UserError(f"{path}: not a COCO captions file ({e}); it has lists of images and of annotations") from e
-    if unknown:
-        raise UserError(f"{path} {unknown[0]}: its image_id is not among images; correct the entry")
-    return [(where, files[image], text) for where, image, text in rows]
 
 
-def _jsonl_pairs(path: Path) -> list[tuple[str, str, str]]:
-    pairs = []
+def _coco_pair(path: Path, where: str, annotation: dict, files: dict) -> tuple[str, Any, Any] | RecordError:
+    for field in ("image_id", "caption"):
+        if field not in annotation:
+            return RecordError("malformed entry", f"{path} {where}: field '{field}' is missing; correct the entry")
+    if annotation["image_id"] not in files:
+        message = f"{path} {where}: its image_id is not among images; correct the entry"
+        return RecordError("malformed entry", message)
+    return where, files[annotation["image_id"]], annotation["caption"]
+
+
+def _jsonl_pairs(path: Path) -> Pairs:
+    pairs: Pairs = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             pairs.append((f"line {number}", row["image"], row["caption"]))
+            continue
         except json.JSONDecodeError as e:
-            raise UserError(f"{path} line {number}: not JSON ({e.msg}); correct the line") from e
+            why = f"not JSON ({e.msg}); correct the line"
         except KeyError as e:
-            raise UserError(f"{path} line {number}: field {e} is missing; a line has image and caption") from e
-        except TypeError as e:
-            raise UserError(f'{path} line {number}: not an object; a line is {{"image": ..., "caption": ...}}') from e
+            why = f"field {e} is missing; a line has image and caption"
+        except TypeError:
+            why = 'not an object; a line is {"image": ..., "caption": ...}'
+        pairs.append(RecordError("malformed entry", f"{path} line {number}: {why}"))
     return pairs
 
 
-def _tsv_pairs(path: Path) -> list[tuple[str, str, str]]:
-    pairs = []
+def _tsv_pairs(path: Path) -> Pairs:
+    pairs: Pairs = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         row = line.rstrip("\r").split("\t")
         if line.strip() and len(row) != 2:
-            raise UserError(f"{path} line {number}: {len(row)} fields, not 2; a line is image<TAB>caption")
-        if line.strip():
+            message = f"{path} line {number}: {len(row)} fields, not 2; a line is image<TAB>caption"
+            pairs.append(RecordError("malformed entry", message))
+        elif line.strip():
             pairs.append((f"line {number}", row[0], row[1]))
     return pairs
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.pipeline import batches
-from vlkd_jax.data.sources import CaptionTexts, FolderPairs, ShapesPairs, ShapesTexts, Subset, TextLines
+from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
+from vlkd_jax.data.sources import (
+    CaptionTexts,
+    FolderPairs,
+    ShapesPairs,
+    ShapesTexts,
+    Subset,
+    TextLines,
+    raise_if_too_many,
+)
 from vlkd_jax.distill import Objective
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.types import Batch
+
+LENGTHS_OF = 20_000
+"""Records of a source whose lengths are looked at when training starts."""
 
 
 def make_source(config: ConfigDict, split: str):
@@ -32,7 +45,8 @@ def make_source(config: ConfigDict, split: str):
         for field in ("captions", "images"):
             if not data[field]:
                 raise UserError(f"config.data.{field} is empty; set it for your folder (see configs/folder.py)")
-        return Subset(FolderPairs(data.captions, data.images), split == "validation", data.validation_every)
+        pairs = FolderPairs(data.captions, data.images, data.max_unusable)
+        return Subset(pairs, split == "validation", data.validation_every)
     raise UserError(f"config.data.source is {data.source!r}; it is one of shapes, shapes_texts, folder")
 
 
@@ -51,8 +65,14 @@ def make_text_source(config: ConfigDict, split: str):
     return Subset(TextLines(replay), split == "validation", config.data.validation_every)
 
 
-def train_stream(config: ConfigDict, objective: Objective, start: int) -> Iterator[Batch]:
-    """Endless training batches from step `start` on, with `replay` in them where the config mixes texts in."""
+def train_stream(
+    config: ConfigDict, objective: Objective, start: int, unusable: UnusableRecords | None = None
+) -> Iterator[Batch]:
+    """Endless training batches from step `start` on, with `replay` in them where the config mixes texts in.
+
+    `unusable` counts the records that are passed over; default: a count of its own.
+    """
+    unusable = UnusableRecords(config.data.max_unusable) if unusable is None else unusable
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -61,14 +81,59 @@ def train_stream(config: ConfigDict, objective: Objective, start: int) -> Iterat
         "shuffle": config.data.source == "folder",
         "process": (jax.process_index(), jax.process_count()),
         "threads": config.data.threads,
+        "unusable": unusable,
     }
     stream = batches(make_source(config, "train"), objective.encoder, **options)
-    if not config.loss.text or config.objective != "vlkd":
+    if not _mixes_texts(config):
         return stream
     # of one seed with the pairs, the captions of a folder would come in the pairs' order with the pairs' corruption
     options |= {"seed": derived_seed(config.seed, "replay"), "shuffle": True}
     texts = batches(make_text_source(config, "train"), objective.replay_encoder, **options)
     return (pair.replace(replay=text.replace(index=None)) for pair, text in zip(stream, texts, strict=True))
+
+
+def _mixes_texts(config: ConfigDict) -> bool:
+    return config.objective == "vlkd" and bool(config.loss.text)
+
+
+def text_lengths(config: ConfigDict, objective: Objective) -> list[str]:
+    """A line for each of the user's own training sources: how many records, how long their texts are in tokens.
+
+    Looks at `LENGTHS_OF` records, evenly spread, at most. The built-in world's are left out: they fit.
+
+    Raises:
+      UserError: more records than `config.data.max_unusable` allows cannot be used, texts that are too long among them.
+    """
+    sources = {"pairs": (make_source(config, "train"), objective.encoder)}
+    if _mixes_texts(config):
+        sources["replayed texts"] = (make_text_source(config, "train"), objective.replay_encoder)
+    own = {name: pair for name, pair in sources.items() if not isinstance(pair[0], ShapesPairs | ShapesTexts)}
+    return [_told_lengths(config, name, *pair) for name, pair in own.items()]
+
+
+def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str:
+    faults, lengths, rng = [], [], np.random.default_rng(0)
+    encode = dataclasses.replace(encode, image_size=None)  # pictures are not decoded for this
+    chosen = range(0, len(source), -(-len(source) // LENGTHS_OF))
+    for index in chosen:
+        try:
+            record = source[index]
+            lengths.append(encode.lengths(record))
+            encode(record, rng)
+        except RecordError as e:
+            faults.append(e)
+    raise_if_too_many(faults, len(chosen), config.data.max_unusable)
+    parts = [f"{len(source):,} {name} to train on"]
+    parts += [f"{len(chosen):,} of them looked at"] if len(chosen) < len(source) else []
+    for vocabulary, limit in encode.limits().items() if lengths else ():
+        tokens = np.array([row[vocabulary] for row in lengths])
+        middle, most = np.percentile(tokens, (50, 99), method="closest_observation")
+        told = f"median {middle}, 99% up to {most}, longest {tokens.max()}, room for {limit}"
+        parts.append(f"{vocabulary} tokens: {told}")
+    if faults:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(e.reason for e in faults).most_common())
+        parts.append(f"passed over: {reasons}")
+    return "; ".join(parts)
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -81,5 +146,6 @@ def held_out(config: ConfigDict, objective: Objective, texts: bool = False) -> l
     source = (make_text_source if texts else make_source)(config, "validation")
     encode = objective.replay_encoder if texts else objective.encoder
     size = min(config.batch_size, len(source))
-    stream = batches(source, encode, batch_size=size, seed=0, shuffle=False, threads=1)
+    unusable = UnusableRecords(config.data.max_unusable)
+    stream = batches(source, encode, batch_size=size, seed=0, shuffle=False, threads=1, unusable=unusable)
     return [next(stream).replace(index=None) for _ in range(config.eval.batches)]

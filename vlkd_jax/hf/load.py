@@ -17,6 +17,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # Tensors Hugging Face files carry beside the parameters.
@@ -70,6 +74,13 @@ def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
             if not np.array_equal(tensors.take(name), shared):
                 complaints.append(f"{name} differs from {BART_EMBEDDING}, which must be the same table")
     return config, _assemble(config, tensors, complaints, {"final_logits_bias": np.float32(0)})
+
+
+def files_read(directory: pathlib.Path) -> list[str]:
+    """Names of the files that a model and its tokenizer are read from, those of `directory` that are there."""
+    names_read = (CONFIG, GENERATION, *_weight_files(directory), *TOKENIZER_FILES)
+    names_read += () if (directory / WEIGHTS).is_file() else (INDEX,)
+    return [name for name in names_read if (directory / name).is_file()]
 
 
 def _with_model_prefix(name: str) -> str:

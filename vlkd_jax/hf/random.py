@@ -17,7 +17,7 @@ from absl import flags
 from vlkd_jax import entry
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import WEIGHTS
+from vlkd_jax.hf.load import TOKENIZER_FILES, WEIGHTS
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
@@ -25,10 +25,6 @@ from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
 
 SIZES = ("base", "tiny")
-TOKENIZER_FILES = (
-    *("vocab.json", "merges.txt", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
 
 
 def clip_config(text: ClipText, size: str) -> ClipConfig:
