@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlkd_jax import losses
+from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import Corruption, Encoder
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
@@ -76,8 +77,9 @@ def _choose(config: ConfigDict, field: str, options: dict[str, Any]) -> Any:
 def read_clip(config: ConfigDict):
     """(ClipConfig, parameters, tokenizer) of `config.clip`. Raises UserError, also when their vocabularies differ."""
     _require(config, "clip")
-    clip_config, params = load_clip(config.clip)
-    text = ClipText(config.clip)
+    directory = model_directory(config.clip)
+    clip_config, params = load_clip(directory)
+    text = ClipText(directory)
     _check_vocabulary(config.clip, text.vocab_size, clip_config.text.vocab_size)
     return clip_config, params, text
 
@@ -85,8 +87,9 @@ def read_clip(config: ConfigDict):
 def read_bart(config: ConfigDict):
     """(BartConfig, parameters, tokenizer) of `config.bart`. Raises UserError, also when their vocabularies differ."""
     _require(config, "bart")
-    bart_config, params = load_bart(config.bart)
-    text = BartText(config.bart)
+    directory = model_directory(config.bart)
+    bart_config, params = load_bart(directory)
+    text = BartText(directory)
     _check_vocabulary(config.bart, text.vocab_size, bart_config.vocab_size)
     rates = {"dropout": config.dropout, "attention_dropout": 0.0, "activation_dropout": 0.0}
     return dataclasses.replace(bart_config, **rates), params, text

@@ -1,4 +1,4 @@
-"""The training loop, one for every objective: `python -m vlkd_jax.train --config=configs/X.py --workdir=DIR`.
+"""The training loop, one for every objective: `python -m vlkd_jax.train --config=NAME --workdir=DIR`.
 
 The same command again goes on from the last checkpoint. DIR receives config.json, checkpoints/, metrics.jsonl and
 TensorBoard events. Exit codes: see vlkd_jax.entry.
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.configs import base
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
@@ -66,7 +67,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError for values that no run can use, naming the field."""
+    """Raises UserError for fields that are missing and for values that no run can use, naming the field."""
+    missing = [name for name in base.get_config() if name not in config]
+    if missing:
+        raise UserError(f"--config has no field {', '.join(missing)}; start from a config for training, such as folder")
     for field, least in LEAST.items():
         value = functools.reduce(operator.getitem, field.split("."), config)
         if value < least:
@@ -218,7 +222,7 @@ class _Loop:
 
 def define_flags() -> None:
     """The flags of this entry point."""
-    config_flags.DEFINE_config_file("config", None, "path of a config file, e.g. configs/shapes_vlkd.py")
+    config_flags.DEFINE_config_file("config", None, "a config of the package, e.g. shapes_vlkd, or FILE.py")
     flags.DEFINE_string("workdir", None, "directory of the run")
 
 

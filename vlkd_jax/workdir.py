@@ -43,6 +43,22 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def output_directory(path: str | os.PathLike[str], flag: str = "--workdir") -> Path:
+    """The directory that a flag names, made if need be. Raises UserError when it cannot be made or written in."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unusable(path, flag, error) from error
+    return path
+
+
+def _unusable(path: Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be used as {flag} ({error.strerror}); choose another {flag}")
+
+
 @contextlib.contextmanager
 def claim(
     workdir: str | os.PathLike[str], fingerprint: Mapping[str, Any], allowed: Sequence[str] = ()
@@ -60,14 +76,11 @@ def claim(
     Yields the absolute path of the directory. Raises UserError when another run holds the directory, when a field
     differs (every such field is listed), or when the directory or its config.json cannot be used.
     """
-    workdir = Path(workdir).absolute()
+    workdir = output_directory(Path(workdir).absolute())
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         lock = _Lock(workdir / LOCK_FILE)
     except OSError as error:
-        raise UserError(
-            f"{workdir}: cannot be used as --workdir ({error.strerror}); choose another --workdir"
-        ) from error
+        raise _unusable(workdir, "--workdir", error) from error
     try:
         _check_config(workdir / CONFIG_FILE, json.loads(json.dumps(fingerprint)), allowed)
         yield workdir
