@@ -7,8 +7,8 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise
-            "clip": "",  # Hugging Face directory of the CLIP (the teacher, or the one that clip_contrastive trains)
-            "bart": "",  # Hugging Face directory of the BART (the student's start, or the one bart_denoise trains)
+            "clip": "",  # Hugging Face directory or builtin:shapes/clip; the teacher, or what clip_contrastive trains
+            "bart": "",  # Hugging Face directory or builtin:shapes/bart; where the student or bart_denoise starts
             "seed": 0,  # of the data's order (shapes: of the scenes), the corruption, the dropout and the two linears
             "steps": 1000,
             "batch_size": 64,  # global: pairs (or texts) an optimizer step

@@ -1,8 +1,8 @@
-"""Distillation on your own pictures: `python -m vlkd_jax.train --config=configs/folder.py --workdir=DIR`."""
+"""Distillation on your own pictures: `vlkd train --config=folder --workdir=DIR`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vlkd_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -2,13 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vlkd_jax.configs import base
 
 
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.objective = "bart_denoise"
-    config.bart = "assets/shapes/bart"
+    config.bart = "builtin:shapes/bart"
     config.steps = 5000
     config.batch_size = 64
     config.data.source = "shapes_texts"

@@ -2,13 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vlkd_jax.configs import base
 
 
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.objective = "clip_contrastive"
-    config.clip = "assets/shapes/clip"
+    config.clip = "builtin:shapes/clip"
     config.steps = 5000
     config.batch_size = 64
     config.data.twins = 8

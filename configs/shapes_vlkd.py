@@ -2,13 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vlkd_jax.configs import base
 
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.clip = "assets/shapes/clip"
-    config.bart = "assets/shapes/bart"
+    config.clip = "builtin:shapes/clip"
+    config.bart = "builtin:shapes/bart"
     config.steps = 850
     config.batch_size = 64
     config.student.image_tokens = "penultimate"  # this small CLIP's last layer keeps little of a patch's own content

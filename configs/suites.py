@@ -1,9 +1,11 @@
-"""Evaluation suites by name: `--config=configs/suites.py:shapes,vqav2`; any field can be overridden.
+"""Evaluation suites by name: `--config=suites:shapes,vqav2`; any field can be overridden.
 
 Prompts: the encoder reads the one with `<mask>`, the decoder is forced through the other; what it adds is the answer.
 """
 
 from ml_collections import ConfigDict
+
+from vlkd_jax.errors import UserError
 
 QUESTION = {
     "question_encoder": "question: {question} answer: <mask>",
@@ -53,5 +55,5 @@ SUITES = {
 def get_config(names: str = "shapes") -> ConfigDict:
     unknown = [name for name in names.split(",") if name not in SUITES]
     if unknown:
-        raise ValueError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+        raise UserError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
     return ConfigDict({"suites": tuple(names.split(",")), "batch_size": 64, **{n: SUITES[n] for n in names.split(",")}})

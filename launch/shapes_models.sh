@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes assets/shapes again: tokenizers, random weights, pre-training of both models, export. About an hour on two cores.
+# Makes vlkd_jax/shapes/models again: tokenizers, random weights, pre-training of both models, export. About an hour on two cores.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -8,6 +8,6 @@ vlkd_setup runtime
 cd "$VLKD_ROOT"
 runs=runs/shapes_models
 "$VLKD_PYTHON" -m vlkd_jax.shapes_models --output="$runs/init"
-"$VLKD_PYTHON" -m vlkd_jax.train --config=configs/shapes_bart.py --config.bart="$runs/init/bart" --workdir="$runs/bart"
-"$VLKD_PYTHON" -m vlkd_jax.train --config=configs/shapes_clip.py --config.clip="$runs/init/clip" --workdir="$runs/clip"
-"$VLKD_PYTHON" -m vlkd_jax.shapes_models --output=assets/shapes --runs="$runs"
+"$VLKD_PYTHON" -m vlkd_jax.train --config=shapes_bart --config.bart="$runs/init/bart" --workdir="$runs/bart"
+"$VLKD_PYTHON" -m vlkd_jax.train --config=shapes_clip --config.clip="$runs/init/clip" --workdir="$runs/clip"
+"$VLKD_PYTHON" -m vlkd_jax.shapes_models --output=vlkd_jax/shapes/models --runs="$runs"

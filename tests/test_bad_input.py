@@ -112,13 +112,52 @@ def flag_cases(assets, place):
         "a word for a truth value": Case([*plain, "--config.remat=perhaps"], ["config.remat", "perhaps"]),
         "no workdir": Case([config], ["--workdir"]),
         "no config": Case(["--workdir=x"], ["--config"]),
-        "no such config": Case(["--config=configs/absent.py", "--workdir=x"], ["configs/absent.py"]),
+        "no such file": Case(["--config=configs/shapes_vlkd.py.py", "--workdir=x"], ["configs/shapes_vlkd.py.py"]),
+        "no such name": Case(["--config", "shapes_vlk", "--workdir=x"], ["shapes_vlk:", "--config=shapes_vlkd"]),
+        "no name at all": Case(["-config=", "--workdir=x"], ["base, folder, shapes_bart", "FILE.py"]),
+        "no such built-in model": Case(
+            arguments(assets, place / "run_builtin", clip="builtin:shapes/klip"),
+            ["builtin:shapes/klip", "builtin:shapes/bart, builtin:shapes/clip"],
+        ),
+        "a name in a flag file": Case([f"--flagfile={flag_file(place)}", "--workdir=x"], ["--config=shapes_vlkd"]),
+        "no such flag file": Case(["--flagfile=/absent/flags", "--workdir=x"], ["/absent/flags"]),
+        "an argument for a config without": Case(["--config=base:x", "--workdir=x"], ["base.py", "1 was given"]),
+        "a config of suites": Case(["--config=suites:shapes", "--workdir=x"], ["steps", "folder"]),
+        "an unknown suite": Case(["--config=suites:shape", "--workdir=x"], ["'shape'", "shapes, vqav2, coco_caption"]),
+        **{f"a config file that {name}": config_file(place, name) for name in CONFIG_FILES},
         "a stray word": Case([*plain, "steps=5"], ["steps=5", "--name=value"]),
         "an impossible value": Case([*plain, "--config.optim.schedule=step"], ["config.optim.schedule", "cosine"]),
         "lengths beyond the model": Case(
             [*plain, "--config.data.text_length=65"], ["config.data.text_length is 65", "64 positions"]
         ),
     }
+
+
+CONFIG_FILES = {
+    "is no Python": ("def get_config(:\n", "line 1: SyntaxError"),
+    "imports what is not there": ("import os\nimport absent_module\n", "line 2: ModuleNotFoundError"),
+    "has no get_config": ("x = 1\n", "get_config"),
+    "returns a dict": ("def get_config():\n    return {}\n", "no ConfigDict"),
+    "fails": ("def get_config():\n    raise ValueError('my own')\n", "line 2: ValueError: my own"),
+    "reads what is not there": ("def get_config():\n    open('/absent')\n", "line 2: FileNotFoundError"),
+    "sets an unknown field": (
+        "from vlkd_jax.configs import base\n\n"
+        "def get_config():\n    c = base.get_config().lock()\n    c.stepz = 1\n    return c\n",
+        "line 5: AttributeError: no field stepz; did you mean steps?",
+    ),
+}
+
+
+def config_file(place, name):
+    text, words = CONFIG_FILES[name]
+    path = place / f"{name.replace(' ', '_')}.py"
+    path.write_text(text)
+    return Case([f"--config={path}", "--workdir=x"], [str(path), words])
+
+
+def flag_file(place):
+    (place / "flags").write_text("--config=shapes_vlk\n")
+    return place / "flags"
 
 
 def folder_cases(assets, place):

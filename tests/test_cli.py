@@ -1,10 +1,15 @@
-"""The `vlkd` command: help without jax, nearest names, and the same entry points beneath."""
+"""The `vlkd` command: help without jax, nearest names, the same entry points beneath; from an install and a wheel."""
 
 import ast
+import json
 import runpy
+import shutil
 import subprocess
 import sys
+import venv
 from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from tiny import ROOT, environment
@@ -84,7 +89,7 @@ def test_help_names_the_flags_there_are(command):
 
 
 def test_the_real_entry_point_answers():
-    done = run("evaluate", "--config=configs/suites.py:shapes", "--checkpoint=nowhere")
+    done = run("evaluate", "--config=suites:shapes", "--checkpoint=nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: missing --workdir=...; see --help\n"
 
@@ -94,3 +99,116 @@ def test_help_of_a_module_names_its_flags():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The training loop")
     assert "--workdir=...  directory of the run (required)" in done.stdout
+
+
+TINY_RUN = [
+    *("--config.steps=1", "--config.batch_size=4", "--config.log_every=1", "--config.eval.every=0"),
+    *("--config.student.whiten=0", "--config.loss.text=0", "--config.data.replay=", "--config.mesh.data=1"),
+]
+
+
+class Installed(NamedTuple):
+    """A Python environment with an installed `vlkd`, used from another directory and without PYTHONPATH."""
+
+    bin: Path
+    elsewhere: Path
+
+    def start(self, *command, **options) -> subprocess.Popen[str]:
+        settings = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            [self.bin / command[0], *command[1:]], cwd=self.elsewhere, env=settings, **(pipes | options)
+        )
+
+    def __call__(self, *command) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error)."""
+        with self.start(*command) as process:
+            out, err = process.communicate()
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Installed:
+    """The environment that runs this test; launch/test.sh installs the checkout there, editable."""
+    return Installed(Path(sys.executable).parent, tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture(scope="module")
+def from_wheel(tmp_path_factory) -> Installed:
+    """A new environment with a wheel of this checkout: it shares the requirements of this one, and sees no checkout."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("vlkd_jax", "configs"):
+        shutil.copytree(ROOT / name, place / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / "source")
+    offline = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip"]
+    wheel = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", place, place / "source"]
+    subprocess.run(wheel, check=True)
+    shutil.rmtree(place / "source")
+    venv.create(place / "env", with_pip=False)
+    python = place / "env" / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", *offline, "--no-compile", *place.glob("*.whl")], check=True)
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    # a folder on the path is not searched for .pth files: an editable install there stays without effect
+    (packages / "requirements.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    (place / "elsewhere").mkdir()
+    return Installed(place / "env" / "bin", place / "elsewhere")
+
+
+def test_installed_a_named_config_trains(running):
+    code, out, err = running("vlkd", "train", "--config=shapes_vlkd", "--workdir=run", *TINY_RUN)
+    assert (code, err) == (0, "") and "step 0 of 1" in out
+    written = json.loads((running.elsewhere / "run" / "config.json").read_text())
+    assert (written["clip"], written["bart"]) == ("builtin:shapes/clip", "builtin:shapes/bart")
+
+
+def test_installed_a_users_own_config(running):
+    text = "from vlkd_jax.configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.steps = -7\n"
+    (running.elsewhere / "mine.py").write_text(f"{text}    return c\n")
+    code, out, err = running("vlkd", "train", "--config", "mine.py", "--workdir=own")
+    assert (code, out, err) == (2, "", "error: config.steps is -7; it must be at least 1\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["train", "--config=shapes_vlk", "--workdir=x"], "did you mean --config=shapes_vlkd, which"),
+        (["evaluate", "--config=suites:shapes", "--workdir=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
+        (["demo", "--workdir=/dev/null/x"], "/dev/null/x: cannot be used as --workdir"),
+    ],
+)
+def test_installed_mistakes_are_one_line(running, argv, told):
+    code, out, err = running("vlkd", *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and told in err
+    assert not (running.elsewhere / "x").exists()
+
+
+def test_a_wheel_holds_all_that_runs_need(from_wheel):
+    code = "import vlkd_jax.configs; print(vlkd_jax.__file__, vlkd_jax.configs.__file__)"
+    files = from_wheel("python", "-c", code)[1].split()
+    assert len(files) == 2 and all(Path(file).is_relative_to(from_wheel.bin.parent) for file in files)
+    assert from_wheel("vlkd", "--help")[0] == 0
+    assert from_wheel("vlkd", "--version")[1] == f"vlkd {version('vlkd_jax')}\n"
+    code, out, err = from_wheel("vlkd", "train", "--config=shapes_vlkd", "--workdir=run", *TINY_RUN)
+    assert (code, err) == (0, "") and "step 0 of 1" in out
+    assert (from_wheel.elsewhere / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_the_demo_of_a_wheel_starts(from_wheel):
+    """Up to its training, with few questions: the models were read and the student evaluated by then."""
+    code = (
+        "from vlkd_jax import demo, entry; from vlkd_jax.configs import suites; "
+        "suites.SUITES['shapes'] |= dict(questions=7, captions=2, retrieval=2, text_questions=7); "
+        "entry.run(demo.main, demo.define_flags)"
+    )
+    told = []
+    with from_wheel.start("python", "-c", code, "--workdir=demo", stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            told.append(line)
+            if line.startswith("== 2/4"):
+                process.kill()
+                break
+    assert told[-1].startswith("== 2/4 distillation: "), "".join(told)

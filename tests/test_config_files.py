@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 from tiny import ROOT, command_line, make_assets
 
-from configs import base
+from vlkd_jax.configs import base
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import random as random_models
@@ -29,7 +29,7 @@ def keys(values, prefix=""):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_override_base_and_no_more(name):
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"vlkd_jax.configs.{name}")
     config = module.get_config()
     config.mesh.data = 1
     check_config(config)

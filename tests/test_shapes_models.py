@@ -9,7 +9,7 @@ from tiny import ROOT
 from vlkd_jax import shapes_models
 from vlkd_jax.hf.load import load_bart, load_clip
 
-ASSETS = ROOT / "assets" / "shapes"
+SHIPPED = ROOT / "vlkd_jax" / "shapes" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def start(tmp_path_factory):
 @pytest.mark.parametrize("name", ["clip", "bart"])
 def test_the_shipped_tokenizers_and_configs_are_the_recipes(start, name):
     _, changed, missing = filecmp.cmpfiles(
-        start / name, ASSETS / name, [*shapes_models.TOKENIZER_FILES, "config.json"], shallow=False
+        start / name, SHIPPED / name, [*shapes_models.TOKENIZER_FILES, "config.json"], shallow=False
     )
     assert not changed and not missing
 
 
 def test_the_shipped_files_are_small():
-    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 12e6
 
 
 def test_attention_starts_by_matching_and_copying(start, rng):

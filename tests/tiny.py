@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import base
+from vlkd_jax.configs import base
 from vlkd_jax.data.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.models.bart import Bart

@@ -17,7 +17,7 @@ usage: vlkd COMMAND --OPTION=VALUE ...
 
 Vision-language knowledge distillation, CLIP into BART, in JAX.
 
-  train     train by a config file; the same command again resumes
+  train     train by a config; the same command again resumes
   evaluate  zero-shot questions, captions and retrieval with a trained student
   demo      the whole job on the built-in world: train, evaluate, report
 
@@ -29,36 +29,36 @@ example: vlkd demo --workdir=runs/demo
 
 COMMANDS = {
     "train": """\
-usage: vlkd train --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
+usage: vlkd train --config=NAME --workdir=DIR [--config.FIELD=VALUE ...]
 
-Trains by a config file. DIR receives config.json, checkpoints/, metrics.jsonl and TensorBoard events; the same command
+Trains by a config. DIR receives config.json, checkpoints/, metrics.jsonl and TensorBoard events; the same command
 again goes on from the last checkpoint.
 
-  --config=FILE           a file of configs/, such as configs/shapes_vlkd.py (required)
+  --config=NAME           shapes_vlkd, folder or another config of the package, or the path of your FILE.py (required)
   --workdir=DIR           directory of the run (required)
   --config.FIELD=VALUE    overrides a field; configs/base.py lists every field
 
 exit codes: 0 done, 2 a mistake in what was given, 3 training diverged
 
-example: vlkd train --config=configs/shapes_vlkd.py --workdir=runs/shapes --config.steps=500 --config.optim.lr=3e-5
+example: vlkd train --config=shapes_vlkd --workdir=runs/shapes --config.steps=500 --config.optim.lr=3e-5
 """,
     "evaluate": """\
-usage: vlkd evaluate --config=configs/suites.py:NAME[,NAME] --checkpoint=DIR --workdir=OUT [--config.FIELD=VALUE ...]
+usage: vlkd evaluate --config=suites:NAME[,NAME] --checkpoint=DIR --workdir=OUT [--config.FIELD=VALUE ...]
 
 Zero-shot evaluation of the newest checkpoint of a training run. OUT receives metrics.json and NAME/predictions.jsonl.
 
-  --config=FILE:NAMES     suites by name: shapes, vqav2, coco_caption (required)
+  --config=suites:NAMES   suites by name: shapes, vqav2, coco_caption (required)
   --checkpoint=DIR        --workdir of the training run (required)
   --workdir=OUT           directory of the results (required)
   --config.FIELD=VALUE    overrides a field of configs/suites.py, such as --config.shapes.questions=700
 
-example: vlkd evaluate --config=configs/suites.py:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation
+example: vlkd evaluate --config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation
 """,
     "demo": """\
 usage: vlkd demo --workdir=DIR [--seed=N]
 
 The whole job on the built-in world, on one CPU: evaluates the student as it starts, distils, evaluates again.
-DIR receives demo.json, report/index.html, the training run and every prediction. Runs from a checkout of the project.
+DIR receives demo.json, report/index.html, the training run and every prediction.
 
   --workdir=DIR           directory that receives everything (required)
   --seed=N                of training and of the held-out questions (default 0)

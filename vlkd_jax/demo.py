@@ -1,12 +1,11 @@
 """The whole job on the built-in world, on one CPU: `python -m vlkd_jax.demo --workdir=DIR --seed=N`.
 
-Takes the two Hugging Face directories in assets/shapes, evaluates the student as it starts, distils, evaluates again,
-and writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
+Takes the two models that come with the package, evaluates the student as it starts, distils, evaluates again, and
+writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from vlkd_jax import entry
+from vlkd_jax.configs import shapes_vlkd, suites
 from vlkd_jax.distill import make_objective
-from vlkd_jax.errors import UserError
 from vlkd_jax.evals.report import write_report
 from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.evaluate import circumstances, write_predictions
@@ -26,11 +24,10 @@ from vlkd_jax.metrics import say
 from vlkd_jax.predict import Predictor
 from vlkd_jax.sharding import make_mesh
 from vlkd_jax.train import train, whitened
-from vlkd_jax.workdir import write_atomic
+from vlkd_jax.workdir import output_directory, write_atomic
 
 SUITES = ("shapes", "shapes_seen")
 """Held-out scenes with objects of kinds that no training scene has, and new scenes of kinds that training saw."""
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Stages:
@@ -50,34 +47,18 @@ class Stages:
             say(f"== {text}")
 
 
-def read_config(name: str, argument: str | None = None) -> ConfigDict:
-    """A config of the configs/ folder beside the package.
-
-    Raises:
-      UserError: the package is not in a checkout of the project.
-    """
-    path = ROOT / "configs" / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"{path}: not found; the demo runs from a checkout of the project")
-    spec = importlib.util.spec_from_file_location(f"configs.{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
-
-
 def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     """Runs every stage; returns what demo.json holds: figures on unseen kinds and, as `seen_kinds`, on the others."""
     started, stages = time.monotonic(), Stages()
-    config, suites = read_config("shapes_vlkd"), read_config("suites", ",".join(SUITES))
+    config, chosen = shapes_vlkd.get_config(), suites.get_config(",".join(SUITES))
     config.seed = seed
     for name in SUITES:
-        suites[name].seed = seed
-    config.clip, config.bart = str(ROOT / config.clip), str(ROOT / config.bart)
-    asked = sum(suites[name].questions for name in SUITES)
+        chosen[name].seed = seed
+    asked = sum(chosen[name].questions for name in SUITES)
     stages.begin("before", f"1/4 the student before distillation, {asked:,} held-out questions, seed {seed}")
     objective = whitened(config, make_objective(config), make_mesh(config.mesh.data))
     predictor = Predictor(objective, config.student.image_tokens, batch_size=128)
-    runners = {name: ShapesSuite(suites[name], predictor) for name in SUITES}
+    runners = {name: ShapesSuite(chosen[name], predictor) for name in SUITES}
     before = {name: runner.run(objective.params)[0] for name, runner in runners.items()}
     stages.begin("distillation", f"2/4 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
     state = train(config, workdir / "train")
@@ -90,7 +71,7 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     stages.begin("report", "4/4 report")
     result = summaries["shapes"] | {"seen_kinds": summaries["shapes_seen"], "steps": int(state.step)}
     result |= circumstances(seed)
-    write_report(workdir / "report", result, rows["shapes"], workdir / "train" / "metrics.jsonl", suites.shapes)
+    write_report(workdir / "report", result, rows["shapes"], workdir / "train" / "metrics.jsonl", chosen.shapes)
     stages.begin("", "")
     result |= {
         "stage_seconds": stages.seconds,
@@ -174,7 +155,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Entry point."""
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = output_directory(flags.FLAGS.workdir)
     result = run_demo(workdir, flags.FLAGS.seed, flags.FLAGS.setup_seconds)
     say(table(result))
     say(f"set-up {result['setup_seconds']:.0f} s, run {result['run_seconds']:.0f} s")

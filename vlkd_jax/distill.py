@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlkd_jax import losses
+from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import Corruption, Encoder
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
@@ -78,8 +79,9 @@ def _choose(config: ConfigDict, field: str, options: dict[str, Any]) -> Any:
 def read_clip(config: ConfigDict):
     """(ClipConfig, parameters, tokenizer) of `config.clip`. Raises UserError, also when tokenizer and model differ."""
     _require(config, "clip")
-    clip_config, params = load_clip(config.clip)
-    text = ClipText(config.clip)
+    directory = model_directory(config.clip)
+    clip_config, params = load_clip(directory)
+    text = ClipText(directory)
     _check_vocabulary(config.clip, text.vocab_size, clip_config.text.vocab_size)
     _check_clip_end(config.clip, text, clip_config.text)
     return clip_config, params, text
@@ -88,8 +90,9 @@ def read_clip(config: ConfigDict):
 def read_bart(config: ConfigDict):
     """(BartConfig, parameters, tokenizer) of `config.bart`. Raises UserError, also when tokenizer and model differ."""
     _require(config, "bart")
-    bart_config, params = load_bart(config.bart)
-    text = BartText(config.bart)
+    directory = model_directory(config.bart)
+    bart_config, params = load_bart(directory)
+    text = BartText(directory)
     _check_vocabulary(config.bart, text.vocab_size, bart_config.vocab_size)
     _check_bart_ids(config.bart, text, bart_config)
     return bart_config, params, text

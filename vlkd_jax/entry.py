@@ -10,11 +10,16 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 
+from vlkd_jax.config import config_path
 from vlkd_jax.errors import UserError
+
+NEAR = r"Did you mean \"(\w+)\" instead of \"(\w+)\""
+"""How ml_collections tells of an unknown key: the nearest, and the one given."""
 
 
 class Diverged(UserError):
@@ -35,7 +40,10 @@ def run(
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing
     argv, others = sys.argv if argv is None else argv, set(flags.FLAGS)
-    define_flags()
+    try:
+        define_flags()
+    except flags.Error as e:  # ml_collections looks into a --flagfile here already
+        _leave(str(e), 2)
     if {"-h", "--help"} & set(argv[1:]):
         print(_usage(main.__globals__["__doc__"], [name for name in flags.FLAGS if name not in others], required))
         return
@@ -69,24 +77,65 @@ def _has_threads() -> bool:
 
 
 def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
-    """Parses absl flags.
+    """Parses absl flags; `--config=` takes what `vlkd_jax.config.config_path` takes.
 
     Raises:
-      UserError: an unknown flag or config key (with the nearest name), a wrong value, a missing flag.
+      UserError: an unknown flag, config or config key (with the nearest name), a wrong value, a missing flag, a config
+        file that fails.
     """
+    configs: list[str] = []
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(_with_config_paths(argv, configs))
         missing = [name for name in required if flags.FLAGS[name].value is None]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        raise UserError(_explain(str(e), argv)) from e
+        wrong = [path for path in configs if not callable(getattr(flags.FLAGS["config"].value, "lock", None))]
+    except UserError:
+        raise
+    except Exception as e:
+        fault = _fault_in(configs, e)
+        if not fault and not isinstance(e, (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)):
+            raise
+        raise UserError(fault or _explain(str(e), argv, configs)) from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if wrong:
+        raise UserError(f"{wrong[0]}: its get_config() returns no ConfigDict; start from vlkd_jax.configs.base")
     if missing:
         raise UserError(f"missing --{missing[0]}=...; see --help")
 
 
-def _explain(message: str, argv: Sequence[str]) -> str:
-    near = re.search(r"Did you mean \"(\w+)\" instead of \"(\w+)\"", message)
+def _with_config_paths(argv: Sequence[str], configs: list[str]) -> list[str]:
+    """The arguments with flag files read and the value of every `--config` a path; `configs` receives those files."""
+    argv = flags.FLAGS.read_flags_from_files(list(argv))
+    for i, argument in enumerate(argv):
+        if argument == "--" or "config" not in flags.FLAGS:
+            break
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config") or (not equals and i + 1 == len(argv)):
+            continue
+        path = config_path(value if equals else argv[i + 1])
+        argv[i if equals else i + 1] = f"{flag}={path}" if equals else path
+        configs.append(path.partition(":")[0])
+    return argv
+
+
+def _fault_in(configs: Sequence[str], error: BaseException | None) -> str | None:
+    """Which line of a config file raised this exception, or one behind it, and what; None: no line did."""
+    fault, files = None, [os.path.abspath(path) for path in configs]
+    while error is not None:
+        lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            lines.append((error.filename or "", error.lineno))
+        near = re.search(NEAR, str(error))
+        what = f"no field {near[2]}; did you mean {near[1]}?" if near else getattr(error, "msg", error)
+        for file, line in lines:
+            if os.path.abspath(file) in files:
+                fault = f"{file} line {line}: {type(error).__name__}: {what}"
+        error = error.__cause__ or error.__context__
+    return fault
+
+
+def _explain(message: str, argv: Sequence[str], configs: Sequence[str]) -> str:
+    near = re.search(NEAR, message)
     named = [a.split("=")[0] for a in argv if near and near[2] in a.split("=")[0].split(".")]
     if named:  # ml_collections names only the last part of the key
         meant = ".".join(near[1] if part == near[2] else part for part in named[0].split("."))
@@ -96,4 +145,6 @@ def _explain(message: str, argv: Sequence[str]) -> str:
         known = [name for name in flags.FLAGS if name.startswith("config.")]
         close = difflib.get_close_matches(unknown[1], known, n=1)
         return f"unknown config key --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "")
+    if configs and "get_config" in message:  # none there, or called with other arguments; a traceback is before it
+        return f"{configs[-1]}: {message.strip().splitlines()[-1]}"
     return message.replace("\n", " ")

@@ -1,6 +1,6 @@
 """Zero-shot evaluation of a run's newest checkpoint.
 
-`python -m vlkd_jax.evaluate --config=configs/suites.py:NAME[,NAME] --checkpoint=DIR --workdir=OUT`, DIR being the
+`python -m vlkd_jax.evaluate --config=suites:NAME[,NAME] --checkpoint=DIR --workdir=OUT`, DIR being the
 workdir of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.jsonl.
 """
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlkd_jax import entry, sharding
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.config import with_defaults
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
@@ -31,7 +32,7 @@ from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
 from vlkd_jax.train import start_state
 from vlkd_jax.types import Params
-from vlkd_jax.workdir import CONFIG_FILE, write_atomic
+from vlkd_jax.workdir import CONFIG_FILE, output_directory, write_atomic
 
 
 def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]:
@@ -43,7 +44,7 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
-    config = complete(read_json(path))
+    config = ConfigDict(with_defaults(read_json(path)))
     objective = make_objective(config)
     check_inputs(Path(directory), config)
     mesh = sharding.make_mesh(1)
@@ -107,20 +108,22 @@ def circumstances(seed: int) -> dict[str, Any]:
 
 def define_flags() -> None:
     """The flags of this entry point."""
-    config_flags.DEFINE_config_file("config", None, "configs/suites.py:NAME[,NAME]")
+    config_flags.DEFINE_config_file("config", None, "suites:NAME[,NAME], or FILE.py")
     flags.DEFINE_string("checkpoint", None, "workdir of a training run")
     flags.DEFINE_string("workdir", None, "directory that receives metrics.json and the predictions")
 
 
 def main() -> None:
     """Entry point."""
-    suites, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    suites = flags.FLAGS.config
+    if "suites" not in suites:
+        raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
     config, objective, params, step = load_run(flags.FLAGS.checkpoint)
     if objective.teacher is None:
         raise UserError(
             f"{flags.FLAGS.checkpoint}: a run of objective {config.objective}; suites need one of objective vlkd"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = output_directory(flags.FLAGS.workdir)
     predictor = Predictor(objective, config.student.image_tokens, suites.batch_size)
     found = evaluate(suites, predictor, params, objective.params, workdir)
     result = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from vlkd_jax.config import BUILTIN, model_directory
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import files_read
 from vlkd_jax.workdir import write_atomic
@@ -30,7 +31,8 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for field in ("clip", "bart"):
-            config[field] = _absolute(config[field])
+            if not config[field].startswith(BUILTIN):
+                config[field] = _absolute(config[field])
         for field in ("captions", "images"):
             config.data[field] = _absolute(config.data[field])
         if config.data.replay not in TEXTS_OF_THE_RUN:
@@ -49,8 +51,8 @@ def hash_inputs(config: ConfigDict) -> Hashes:
     """
     files: dict[str, list[Path]] = {}
     for field in ("clip", "bart"):
-        if config[field] and Path(config[field]).is_dir():
-            files[field] = [Path(config[field]) / name for name in files_read(Path(config[field]))]
+        if config[field] and (directory := model_directory(config[field])).is_dir():
+            files[field] = [directory / name for name in files_read(directory)]
     for field, value in (("data.captions", config.data.captions), ("data.replay", config.data.replay)):
         if value not in TEXTS_OF_THE_RUN and Path(value).is_file():
             files[field] = [Path(value)]
@@ -90,10 +92,11 @@ def check_inputs(workdir: Path, config: ConfigDict) -> None:
 
 def _changes(config: ConfigDict, field: str, start: Hashes, now: Hashes) -> list[str]:
     before, after = start.get(field, {}), now.get(field, {})
-    place = Path(config.data[field.removeprefix("data.")] if field.startswith("data.") else config[field])
+    is_model = field in ("clip", "bart")
+    place = model_directory(config[field]) if is_model else Path(config.data[field.removeprefix("data.")])
     lines = []
     for name in sorted(before | after):
-        path = place / name if field in ("clip", "bart") else place
+        path = place / name if is_model else place
         if name not in after:
             lines.append(f"{path} ({field}) is gone")
         elif name not in before:

@@ -2,7 +2,8 @@
 
 `python -m vlkd_jax.shapes_models --output=DIR` trains the two byte-level BPE tokenizers on the world's texts and writes
 randomly initialised models beside them. After pre-training with `vlkd_jax.train`,
-`python -m vlkd_jax.shapes_models --output=assets/shapes --runs=DIR` writes the trained models of DIR/clip and DIR/bart.
+`python -m vlkd_jax.shapes_models --output=vlkd_jax/shapes/models --runs=DIR` writes the trained models of DIR/clip and
+DIR/bart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from vlkd_jax.config import model_directory
 from vlkd_jax.data import shapes
 from vlkd_jax.data.sources import ShapesTexts
 from vlkd_jax.entry import run
@@ -28,6 +30,7 @@ from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
 from vlkd_jax.types import Params
+from vlkd_jax.workdir import output_directory
 
 CLIP_POSITIONS = 32
 BART_POSITIONS = 64
@@ -171,7 +174,7 @@ def export_models(output: Path, runs: Path) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
         save(output / name, objective.configs[name], jax.device_get(params))
         for file in TOKENIZER_FILES:
-            shutil.copy(Path(config[name]) / file, output / name / file)
+            shutil.copy(model_directory(config[name]) / file, output / name / file)
 
 
 def define_flags() -> None:
@@ -183,7 +186,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Entry point."""
-    output = Path(flags.FLAGS.output)
+    output = output_directory(flags.FLAGS.output, "--output")
     if flags.FLAGS.runs:
         export_models(output, Path(flags.FLAGS.runs))
     else:

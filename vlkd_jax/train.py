@@ -1,4 +1,4 @@
-"""The training loop, one for every objective: `python -m vlkd_jax.train --config=configs/X.py --workdir=DIR`.
+"""The training loop, one for every objective: `python -m vlkd_jax.train --config=NAME --workdir=DIR`.
 
 The same command again goes on from the last checkpoint. DIR receives config.json, checkpoints/, metrics.jsonl and
 TensorBoard events. Exit codes: see vlkd_jax.entry.
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import text_lengths, train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
@@ -66,7 +67,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     check_config(config)
     config = with_absolute_paths(config)
-    with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE) as directory:
+    defaults = base.get_config().to_dict()
+    with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE, defaults) as directory:
         mesh = sharding.make_mesh(config.mesh.data)
         objective = make_objective(config)
         check_inputs(directory, config)
@@ -84,7 +86,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError for values that no run can use, naming the field."""
+    """Raises UserError for fields that are missing and for values that no run can use, naming the field."""
+    missing = [name for name in base.get_config() if name not in config]
+    if missing:
+        raise UserError(f"--config has no field {', '.join(missing)}; start from a config for training, such as folder")
     for field, interval in BOUNDS.items():
         value = functools.reduce(operator.getitem, field.split("."), config)
         low, high = map(float, interval[1:-1].split(","))
@@ -111,7 +116,7 @@ def _tell_changed_schedule(config: ConfigDict, before: int, step: int) -> None:
         return
     old, new = (float(schedule(config.optim, config.optim.lr, steps)(step)) for steps in (before, config.steps))
     say(
-        f"config.steps is {config.steps} and was {before}: the {config.optim.schedule} schedule now ends there, and the "
+        f"config.steps is {config.steps} and was {before}: the {config.optim.schedule} schedule now ends there, so the "
         f"learning rate goes on with {new:.3g} instead of {old:.3g} at step {step}"
     )
 
@@ -259,7 +264,7 @@ class _Loop:
 
 def define_flags() -> None:
     """The flags of this entry point."""
-    config_flags.DEFINE_config_file("config", None, "path of a config file, e.g. configs/shapes_vlkd.py")
+    config_flags.DEFINE_config_file("config", None, "a config of the package, e.g. shapes_vlkd, or FILE.py")
     flags.DEFINE_string("workdir", None, "directory of the run")
 
 

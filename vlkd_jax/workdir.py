@@ -43,15 +43,35 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def output_directory(path: str | os.PathLike[str], flag: str = "--workdir") -> Path:
+    """The directory that a flag names, made if need be. Raises UserError when it cannot be made or written in."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unusable(path, flag, error) from error
+    return path
+
+
+def _unusable(path: Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be used as {flag} ({error.strerror}); choose another {flag}")
+
+
 @contextlib.contextmanager
 def claim(
-    workdir: str | os.PathLike[str], fingerprint: Mapping[str, Any], allowed: Sequence[str] = ()
+    workdir: str | os.PathLike[str],
+    fingerprint: Mapping[str, Any],
+    allowed: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Holds `workdir` for one run: `with claim(workdir, config, allowed=("steps",)) as workdir: ...`
 
     The first claim writes `fingerprint` (the configuration as JSON values) to `workdir/config.json`. A later claim must
     bring the same values; only the fields named in `allowed` (dotted names; a name covers everything below it) may
-    differ, and config.json then takes their new values. In a run of several processes only process 0 claims.
+    differ; config.json then takes their new values, and a line tells. `defaults` are the values of fields that an older
+    config.json may lack. In a run of several processes only process 0 claims.
 
     While the block runs, `workdir/run.lock` names the owner and keeps others out. The lock of a killed run never stands
     in the way: on the same machine the kernel drops it, and one left by another machine is taken over after
@@ -60,16 +80,13 @@ def claim(
     Yields the absolute path of the directory. Raises UserError when another run holds the directory, when a field
     differs (every such field is listed), or when the directory or its config.json cannot be used.
     """
-    workdir = Path(workdir).absolute()
+    workdir = output_directory(Path(workdir).absolute())
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         lock = _Lock(workdir / LOCK_FILE)
     except OSError as error:
-        raise UserError(
-            f"{workdir}: cannot be used as --workdir ({error.strerror}); choose another --workdir"
-        ) from error
+        raise _unusable(workdir, "--workdir", error) from error
     try:
-        _check_config(workdir / CONFIG_FILE, json.loads(json.dumps(fingerprint)), allowed)
+        _check_config(workdir / CONFIG_FILE, json.loads(json.dumps(fingerprint)), allowed, dict(defaults or {}))
         yield workdir
     finally:
         lock.release()
@@ -86,7 +103,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _check_config(path: Path, new: dict[str, Any], allowed: Sequence[str]) -> None:
+def _check_config(path: Path, new: dict[str, Any], allowed: Sequence[str], defaults: dict[str, Any]) -> None:
     """Writes `new` to `path`, or compares it with what is there; see `claim`."""
     if path.exists():
         try:
@@ -97,7 +114,7 @@ def _check_config(path: Path, new: dict[str, Any], allowed: Sequence[str]) -> No
             raise UserError(
                 f"{path}: not readable as the configuration of this run ({error}); restore it or use another --workdir"
             ) from error
-        before, after = _flatten(old), _flatten(new)
+        before, after = _flatten(defaults) | _flatten(old), _flatten(new)
         names = [name for name in sorted(before | after) if before.get(name, _ABSENT) != after.get(name, _ABSENT)]
         refused = [name for name in names if not any(name == a or name.startswith(f"{a}.") for a in allowed)]
         if refused:
@@ -107,6 +124,7 @@ def _check_config(path: Path, new: dict[str, Any], allowed: Sequence[str]) -> No
             )
         if not names:
             return
+        print(f"{path}: " + ", ".join(f"{n}: {_show(before, n)} -> {_show(after, n)}" for n in names), flush=True)
     write_atomic(path, (json.dumps(new, indent=2, sort_keys=True) + "\n").encode())
 
 

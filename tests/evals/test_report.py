@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from configs import suites
+from vlkd_jax.configs import suites
 from vlkd_jax.data import shapes
 from vlkd_jax.demo import _summary
 from vlkd_jax.evals import plots, statistics

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import make_assets, tiny_config
 
-from configs import suites
+from vlkd_jax.configs import suites
 from vlkd_jax.data import shapes
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError

@@ -23,6 +23,7 @@ from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.workdir import output_directory
 
 SIZES = ("base", "tiny")
 
@@ -84,7 +85,7 @@ def define_flags() -> None:
 def main() -> None:
     """Entry point."""
     values = flags.FLAGS
-    output = Path(values.output)
+    output = output_directory(values.output, "--output")
     write_random(Path(values.clip_tokenizer), Path(values.bart_tokenizer), output, values.size, values.seed)
     say(f"wrote {output / 'clip'} and {output / 'bart'}")
 

@@ -1,0 +1,61 @@
+"""Names and paths of configs and shipped models, and that the package lists all that it is made of."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+import vlkd_jax.configs
+from vlkd_jax.config import config_path, model_directory
+from vlkd_jax.errors import UserError
+
+SHIPPED = Path(vlkd_jax.configs.__file__).parent
+
+
+def refusal(function, value):
+    with pytest.raises(UserError) as caught:
+        function(value)
+    return str(caught.value)
+
+
+def test_names_are_of_the_package_and_paths_are_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_path("shapes_vlkd") == str(SHIPPED / "shapes_vlkd.py")
+    assert config_path("suites:shapes,vqav2") == f"{SHIPPED / 'suites.py'}:shapes,vqav2"
+    Path("shapes_vlkd.py").touch()
+    Path("configs").mkdir()
+    Path("configs/mine").touch()
+    for path in ("shapes_vlkd.py", "./shapes_vlkd.py:a:b", "configs/mine", f"{tmp_path}/shapes_vlkd.py"):
+        assert config_path(path) == path.removeprefix("./")
+    assert config_path("shapes_vlkd") == str(SHIPPED / "shapes_vlkd.py")
+
+
+def test_what_is_not_there_is_refused_and_never_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = refusal(config_path, "configs/shapes_vlkd.py")
+    assert told.startswith("configs/shapes_vlkd.py: no such") and "did you mean --config=shapes_vlkd," in told
+    assert "--config=suites:shapes," in refusal(config_path, "configs/suites.py:shapes")
+    assert "--config=suites:shapes," in refusal(config_path, "suite:shapes")
+    for value in ("", ":", "xyz", "xyz.py", "__init__", "."):
+        assert "base, folder, shapes_bart, shapes_clip, shapes_vlkd, suites" in refusal(config_path, value)
+
+
+def test_models():
+    for name in ("clip", "bart"):
+        directory = model_directory(f"builtin:shapes/{name}")
+        assert {"config.json", "model.safetensors", "vocab.json"} <= {path.name for path in directory.iterdir()}
+    assert model_directory("a/b") == Path("a/b")
+    for name in ("builtin:", "builtin:shapes", "builtin:shapes/../models/clip", "builtin:shapes/x"):
+        told = refusal(model_directory, name)
+        assert told == f"{name}: no such model in the package; there are builtin:shapes/bart, builtin:shapes/clip"
+
+
+def test_every_package_and_every_file_of_the_models_is_listed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vlkd_jax").rglob("__init__.py")}
+    assert {*found, "vlkd_jax.configs"} == set(settings["packages"])
+    [(package, patterns)] = settings["package-data"].items()
+    root = ROOT.joinpath(*package.split("."))
+    listed = {path for pattern in patterns for path in root.glob(pattern)}
+    assert listed == {path for path in (root / "models").rglob("*") if path.is_file()}

@@ -1,0 +1,1 @@
+"""The built-in world; `models/` holds its CLIP and BART as Hugging Face directories."""
