@@ -10,13 +10,13 @@ from PIL import Image
 from tiny import tiny_config
 
 from vlkd_jax.data import shapes
-from vlkd_jax.data.pipeline import Corruption, Encoder, batches
+from vlkd_jax.data.pipeline import Corruption, Encoder, UnusableRecords, batches
 from vlkd_jax.data.shapes import SPLITS
 from vlkd_jax.data.sources import Record, ShapesPairs, ShapesTexts, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.distill import make_objective
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.types import Batch
 
 
@@ -184,6 +184,64 @@ def test_what_a_reading_thread_raises_arrives_as_it_is(encoders, tmp_path, threa
     stream = batches(Damaged(), encoders[0], batch_size=4, seed=0, shuffle=False, threads=threads)
     with pytest.raises(UserError, match=r"pairs line 9: field image: .*half\.png: the image does not decode"):
         list(itertools.islice(stream, 4))
+
+
+class SomeBad(Numbers):
+    """Of its 23 texts, those in `bad` cannot be read."""
+
+    def __init__(self, *bad):
+        self.bad = bad
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise RecordError("image not found" if index % 2 else "caption empty", f"number {index} is bad")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_bad_records_are_replaced_where_they_stand(encoders, shuffle, capsys):
+    """The other rows are untouched; the same ones take their places whatever the threads, processes and start."""
+    whole = take(14, Numbers(), encoders[1], shuffle=shuffle)
+    options = {"shuffle": shuffle, "unusable": UnusableRecords(1.0)}
+    found = take(14, SomeBad(3, 8), encoders[1], **options)
+    told = capsys.readouterr().out
+    assert options["unusable"].reasons == {"image not found": 1, "caption empty": 1}
+    assert told.count("record passed over, image not found: number 3 is bad") == told.count("number 8 is bad") == 1
+    replaced = 0
+    for ours, theirs in zip(found, whole, strict=True):
+        assert len(ours.index) == 4
+        for k in range(4):
+            if theirs.index[k] in (3, 8):
+                replaced += 1
+                assert ours.index[k] not in (3, 8)
+            else:
+                jax.tree.map(lambda a, b, k=k: np.testing.assert_array_equal(a[k], b[k]), ours, theirs)
+    assert replaced == sum(np.isin(batch.index, (3, 8)).sum() for batch in whole) >= 4
+    same(take(9, SomeBad(3, 8), encoders[1], **options, start=5, threads=2), found[5:])
+    parts = [take(14, SomeBad(3, 8), encoders[1], **options, process=(p, 2)) for p in range(2)]
+    for step, batch in enumerate(found):
+        rows = [jax.tree.map(lambda x, r=r: x[r // 2], parts[r % 2][step]) for r in range(4)]
+        same([batch], [jax.tree.map(lambda *leaves: np.stack(leaves), *rows)])
+
+
+def test_too_many_bad_records_end_the_run(encoders, monkeypatch):
+    """Of the first thousand more than the share, or of all read so far; and at once where nothing can be read."""
+    unusable = UnusableRecords(0.01)
+    stream = batches(SomeBad(3, 8), encoders[1], batch_size=4, seed=0, threads=0, unusable=unusable)
+    count = 0
+    with pytest.raises(UserError) as caught:
+        for batch in stream:
+            count += len(batch.index)
+    assert 60 < count < 200  # of 23 two are bad: 10 of them are in about 115
+    message = str(caught.value)
+    for word in ("11 of the", "image not found 1", "caption empty 1", "config.data.max_unusable=0.01", "is bad"):
+        assert word in message
+    gone = batches(SomeBad(*range(23)), encoders[1], batch_size=4, seed=0, threads=0, unusable=UnusableRecords(0.5))
+    with pytest.raises(UserError, match=r"100 records in a row cannot be used"):
+        next(gone)
+    monkeypatch.setattr(UnusableRecords, "GRACE", 10)
+    few = batches(SomeBad(3), encoders[1], batch_size=4, seed=0, threads=0, unusable=UnusableRecords(0.2))
+    assert len(list(itertools.islice(few, 40))) == 40  # one in 23 is less than one in five
 
 
 def folder_config(assets, tmp_path, **changes):

@@ -16,7 +16,7 @@ from vlkd_jax.data.sources import (
     TextLines,
     read_json,
 )
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
 
 PAIRS = [("a.png", "a red circle"), ("sub/b.jpg", "two  dogs\tand \u2028 a café"), ("a.png", "the circle again")]
 ONE_LINE = [(image, " ".join(text.split())) for image, text in PAIRS]
@@ -145,12 +145,78 @@ def test_parts_are_disjoint_and_complete(folder, every):
     found = [{part[i].text for i in range(len(part))} for part in parts]
     assert [len(f) for f in found] == [len(p) for p in parts]
     assert not found[0] & found[1] and found[0] | found[1] == {f"line {i}" for i in range(47)}
-    assert len(parts[0]) == -(-47 // every)
+
+
+def test_about_one_in_so_many_is_held_out(folder):
+    (folder / "lines.txt").write_text("\n".join(f"line {i}" for i in range(4000)))
+    whole = TextLines(folder / "lines.txt")
+    for every in (2, 20):
+        count, expected = len(Subset(whole, True, every)), 4000 / every
+        assert abs(count - expected) < 4 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("every", [2, 3, 20])
+def test_an_image_lies_on_one_side_with_all_its_captions(folder, every):
+    """Under whichever of its names, and wherever its lines stand; new lines move no image to the other side."""
+    names = [f"{k}.png" for k in range(12)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / "images" / name)
+    lines = [(f"./{name}" if k == 3 else name, f"caption {k} of {name}") for k in range(5) for name in names]
+    sides = []
+    for content in (lines, lines[::-1], [*lines, ("a.png", "one more"), ("sub/b.jpg", "and another")]):
+        pairs = read(folder, "c.tsv", tsv(content))
+        parts = [Subset(pairs, held_out, every) for held_out in (True, False)]
+        images = [{part[i].image.resolve() for i in range(len(part))} for part in parts]
+        assert images[0] and images[1] and not images[0] & images[1]
+        assert sum(map(len, parts)) == len(content)
+        sides.append({path.name for path in images[0]} & set(names))
+    assert sides[0] == sides[1] and (sides[2] == sides[0] or len(sides[0]) == 1)
+
+
+def test_bad_lines_keep_their_place(folder):
+    """Up to the share that is allowed: the good ones keep their numbers, each bad one raises its reason."""
+    (folder / "images" / "page.jpg").write_text("<html>404</html>")
+    lines = [{"image": "a.png", "caption": f"caption {k}"} for k in range(10)]
+    lines[1] = {"image": "absent.png", "caption": "x"}
+    lines[3] = {"image": "a.png", "caption": " "}
+    lines[5] = {"image": "page.jpg", "caption": "x"}
+    lines[7] = {"caption": "x"}
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
+    pairs = FolderPairs(folder / "c.jsonl", folder / "images", max_unusable=0.5)
+    reasons = {}
+    for index in range(len(pairs)):
+        try:
+            assert pairs[index].text == f"caption {index}"
+        except RecordError as e:
+            reasons[index] = e.reason
+            assert f"line {index + 1}" in str(e)
+    assert reasons == {
+        1: "image not found",
+        3: "caption empty",
+        5: "image does not decode",
+        7: "malformed entry",
+        10: "malformed entry",
+    }
+    with pytest.raises(UserError, match=r"line 2: image .*absent\.png not found.*5 of 11 records.*is 0\.4"):
+        FolderPairs(folder / "c.jsonl", folder / "images", max_unusable=0.4)
+
+
+def test_annotations_without_their_fields_are_bad_lines(folder):
+    data = json.loads(coco(PAIRS))
+    data["annotations"] += [
+        {"id": 500, "image_id": 7},
+        {"id": 501, "caption": "x"},
+        {"id": 502, "image_id": 99} | {"caption": "x"},
+    ]
+    (folder / "c.json").write_text(json.dumps(data))
+    pairs = FolderPairs(folder / "c.json", folder / "images", max_unusable=0.5)
+    assert {i: e.reason for i, e in pairs.faults.items()} == dict.fromkeys((3, 4, 5), "malformed entry")
+    assert [f"annotation {500 + k}" in str(pairs.faults[3 + k]) for k in range(3)] == [True] * 3
 
 
 def test_a_part_that_is_empty_is_named(folder):
     (folder / "lines.txt").write_text("one\n")
-    with pytest.raises(UserError, match=r"lines\.txt: 1 item"):
+    with pytest.raises(UserError, match=r"lines\.txt: 1 different item"):
         Subset(TextLines(folder / "lines.txt"), held_out=False)
     (folder / "blank.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"blank\.txt: no text"):

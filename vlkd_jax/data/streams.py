@@ -44,7 +44,7 @@ def make_source(config: ConfigDict, split: str):
     if data.source == "folder":
         for field in ("captions", "images"):
             if not data[field]:
-                raise UserError(f"config.data.{field} is empty; set it for your folder (see configs/folder.py)")
+                raise UserError(f"config.data.{field} is empty; set it for your folder (see --config=folder)")
         pairs = FolderPairs(data.captions, data.images, data.max_unusable)
         return Subset(pairs, split == "validation", data.validation_every)
     raise UserError(f"config.data.source is {data.source!r}; it is one of shapes, shapes_texts, folder")
