@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import ROOT, arguments, command_line, environment, tiny_config
 
 from vlkd_jax import entry
 from vlkd_jax import train as module
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data import streams
+from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
@@ -106,7 +109,7 @@ def test_what_a_run_leaves(whole_run):
     workdir, state = whole_run.workdir, whole_run.state
     assert int(state.step) == 6 and int(state.skipped) == 0
     assert steps_of(workdir) == [3, 6]
-    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
+    assert {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     lines = metrics_of(workdir)
     assert [line["step"] for line in lines] == [2, 3, 4, 5, 6]  # the first step compiles: its rate would mislead
@@ -162,6 +165,45 @@ def test_resumed_is_uninterrupted(whole_run, assets, tmp_path, monkeypatch, caps
     assert "step 4 of 6" in capsys.readouterr().out
     same_bits(train(config, tmp_path / "run"), expected)  # once more: complete, and the same state
     assert "this run is complete at step 6" in capsys.readouterr().out
+
+
+def test_another_length_of_the_run_is_told(whole_run, assets, tmp_path, capsys):
+    """The learning rate of a resumed run bends where `steps` changes: one line says so, and from what to what."""
+    shutil.copytree(whole_run.workdir, tmp_path / "run")
+    train(tiny_config(assets, **MIXED, steps=7), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "config.json: steps: 6 -> 7" in out
+    optim = tiny_config(assets).optim
+    rate = float(schedule(optim, optim.lr, 7)(6))
+    assert "config.steps is 7 and was 6: the cosine schedule now ends there" in out
+    assert f"the learning rate goes on with {rate:.3g} instead of 0 at step 6" in out
+    assert metrics_of(tmp_path / "run")[-1]["lr"] == pytest.approx(rate)
+    train(tiny_config(assets, **MIXED, steps=8, log_every=2), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "log_every: 1 -> 2, steps: 7 -> 8" in out and "config.steps is 8 and was 7" in out
+
+
+def test_bad_records_are_passed_over_and_told(assets, tmp_path, capsys):
+    """One picture of 16 does not decode: the run names it, replaces it, counts it and goes on."""
+    lines = []
+    for i in range(16):
+        record = ShapesPairs(0, "train")[i]
+        Image.effect_noise((60, 60), 90).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png\t{record.text}\n")
+    whole = (tmp_path / "5.png").read_bytes()
+    (tmp_path / "5.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "captions.tsv").write_text("".join(lines))
+    folder = {"data__source": "folder", "data__captions": f"{tmp_path}/captions.tsv", "data__images": str(tmp_path)}
+    config = tiny_config(assets, **folder, **MIXED | {"loss__text": 0.0}, steps=4)
+    state = train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert int(state.step) == 4 and int(state.skipped) == 0
+    assert "captions.tsv line 6: field image" in out and "5.png: the image does not decode" in out
+    assert "records passed over: image does not decode 1" in out
+    assert metrics_of(tmp_path / "run")[-1]["unusable_records"] == 1
+    lengths = r"BART tokens: median (\d+), 99% up to \d+, longest (\d+), room for 40; CLIP tokens: "
+    told = re.search(r"(\d+) pairs to train on; " + lengths, out)
+    assert told and 12 <= int(told[1]) < 16 and 3 < int(told[2]) <= int(told[3]) <= 40
 
 
 SLOWED = """
@@ -225,8 +267,8 @@ def poison(monkeypatch, steps):
     """The stream's batches at these steps hold a NaN pixel."""
     original = streams.train_stream
 
-    def stream(config, objective, start):
-        for step, batch in enumerate(original(config, objective, start), start + 1):
+    def stream(config, objective, start, *rest):
+        for step, batch in enumerate(original(config, objective, start, *rest), start + 1):
             if step in steps:
                 batch.pixels[3, 0, 0, 0] = np.nan
             yield batch

@@ -139,10 +139,10 @@ class FolderPairs:
         raise_if_too_many(list(self.faults.values()), len(self.pairs), max_unusable)
 
     def _find_faults(self) -> dict[int, RecordError]:
-        faults = {index: pair for index, pair in enumerate(self.pairs) if isinstance(pair, RecordError)}
-        images: dict[str, RecordError | None] = {}
+        faults: dict[int, RecordError] = {}
+        images: dict[str, RecordError | None] = {}  # each is looked at once, however many captions it has
         for index, pair in enumerate(self.pairs):
-            fault = faults.get(index) or self._text_fault(*pair)
+            fault = pair if isinstance(pair, RecordError) else self._text_fault(*pair)
             if not fault:
                 where, image, _ = pair
                 if image not in images:

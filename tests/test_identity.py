@@ -1,0 +1,170 @@
+"""A run goes on, and is evaluated, with the very files it started with, wherever they lie and wherever one stands."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from tiny import tiny_config
+
+from vlkd_jax.data.sources import ShapesPairs
+from vlkd_jax.errors import UserError
+from vlkd_jax.evaluate import load_run
+from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, with_absolute_paths
+from vlkd_jax.train import train
+
+
+def other_weights(path):
+    """The same tensors in names, shapes and dtypes, one number apart."""
+    tensors = safetensors.numpy.load_file(path)
+    name = max(tensors, key=lambda k: tensors[k].size)
+    tensors[name] = tensors[name] + np.float32(1e-3)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_merges(path):
+    """The last two merges of the tokenizer change places."""
+    values = json.loads(path.read_text())
+    values["model"]["merges"][-2:] = values["model"]["merges"][:-3:-1]
+    path.write_text(json.dumps(values))
+
+
+CHANGES = {
+    ("clip", "model.safetensors"): other_weights,
+    ("bart", "model.safetensors"): other_weights,
+    ("clip", "tokenizer.json"): other_merges,
+    ("bart", "tokenizer.json"): other_merges,
+    ("bart", "generation_config.json"): lambda path: path.write_text("{}"),
+}
+
+
+@pytest.fixture
+def models(assets, tmp_path):
+    """Copies of the tiny models that may be changed."""
+    for name in ("clip", "bart"):
+        shutil.copytree(assets / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def started(models):
+    """(config, workdir) of a run that has recorded its files."""
+    config = with_absolute_paths(tiny_config(models))
+    (models / "run").mkdir()
+    check_inputs(models / "run", config)
+    return config, models / "run"
+
+
+@pytest.mark.parametrize("field, name", CHANGES)
+def test_a_file_that_changed_is_named(models, started, field, name):
+    config, workdir = started
+    check_inputs(workdir, config)
+    before = (models / field / name).read_bytes()
+    CHANGES[field, name](models / field / name)
+    assert (models / field / name).read_bytes() != before
+    with pytest.raises(UserError) as caught:
+        check_inputs(workdir, config)
+    message = str(caught.value)
+    assert message.count("sha256") == 1 and f"{models / field / name} ({field}) has changed, sha256 " in message
+    assert "another --workdir" in message and "\n" not in message
+    (models / field / name).write_bytes(before)
+    check_inputs(workdir, config)
+
+
+def test_files_that_went_or_came_are_named_at_once(models, started):
+    config, workdir = started
+    (models / "bart" / "generation_config.json").unlink()
+    (models / "clip" / "added_tokens.json").write_text("{}")
+    (models / "clip" / "README.md").write_text("nothing reads this")
+    with pytest.raises(UserError) as caught:
+        check_inputs(workdir, config)
+    told = str(caught.value)
+    assert "generation_config.json (bart) is gone" in told and "added_tokens.json (clip) is new" in told
+    assert "README" not in told
+
+
+def test_directories_may_move(models, started):
+    config, workdir = started
+    (models / "clip").rename(models / "teacher")
+    config.clip = str(models / "teacher")
+    check_inputs(workdir, config)
+
+
+def test_captions_and_texts_are_recorded_too(models):
+    (models / "captions.tsv").write_text("a.png\ta circle\n")
+    (models / "texts.txt").write_text("one\n")
+    texts = {"data__captions": str(models / "captions.tsv"), "data__replay": str(models / "texts.txt")}
+    config = with_absolute_paths(tiny_config(models, **texts))
+    (models / "run").mkdir()
+    check_inputs(models / "run", config)
+    (models / "captions.tsv").write_text("a.png\tanother circle\n")
+    with pytest.raises(UserError, match=r"captions\.tsv \(data\.captions\) has changed"):
+        check_inputs(models / "run", config)
+
+
+def test_a_damaged_record_is_one_line(models, started):
+    config, workdir = started
+    for content in ("{", "[]", '{"clip": 3}'):
+        (workdir / INPUTS_FILE).write_text(content)
+        with pytest.raises(UserError, match=r"inputs\.json: not readable"):
+            check_inputs(workdir, config)
+
+
+def test_shipped_models_have_hashes_and_no_path():
+    config = with_absolute_paths(tiny_config(Path(), clip="builtin:shapes/clip", bart="builtin:shapes/bart"))
+    assert (config.clip, config.bart) == ("builtin:shapes/clip", "builtin:shapes/bart")
+    hashes = hash_inputs(config)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hashes["clip"]) & set(hashes["bart"])
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory):
+    """A folder run started with relative paths from one directory: (its place, that directory)."""
+    place = tmp_path_factory.mktemp("trained")
+    for name in ("clip", "bart"):
+        shutil.copytree(assets / name, place / name)
+    (place / "images").mkdir()
+    lines = []
+    for i in range(12):
+        record = ShapesPairs(0, "train")[i]
+        Image.fromarray(record.image).save(place / "images" / f"{i}.png")
+        lines.append(f"{i}.png\t{record.text}\n")
+    (place / "captions.tsv").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(relative_config(steps=1), "run")
+    return place
+
+
+def relative_config(**changes):
+    config = tiny_config(Path(), **changes, data__source="folder", data__captions="captions.tsv", data__images="images")
+    config.clip, config.bart = "clip", "./bart"
+    return config
+
+
+def test_relative_paths_mean_the_same_from_any_directory(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _, _, step = load_run(os.path.relpath(trained / "run"))
+    assert step == 1 and config.clip == str(trained / "clip") and config.data.images == str(trained / "images")
+    (tmp_path / "clip").mkdir()  # of the same name, and not what is meant
+    assert load_run(trained / "run")[3] == 1
+    monkeypatch.chdir(trained)
+    assert int(train(relative_config(steps=2), "run").step) == 2
+
+
+def test_replaced_weights_neither_resume_nor_evaluate(trained):
+    weights = trained / "clip" / "model.safetensors"
+    before = weights.read_bytes()
+    other_weights(weights)
+    config = relative_config(steps=3)
+    config.clip, config.bart = str(trained / "clip"), str(trained / "bart")
+    config.data.captions, config.data.images = str(trained / "captions.tsv"), str(trained / "images")
+    for use in (lambda: train(config, trained / "run"), lambda: load_run(trained / "run")):
+        with pytest.raises(UserError, match=r"clip/model\.safetensors \(clip\) has changed"):
+            use()
+    weights.write_bytes(before)
+    assert load_run(trained / "run")[3] >= 1
