@@ -82,7 +82,7 @@ PAIRS = [(k, f"caption {k} of {n}") for k, n in ((3, 0), (0, 0), (5, 0), (0, 1),
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "tsv"])
 def test_pairs_of_a_folder_keep_picture_caption_and_place(pictures, suffix):
-    """Lines in no order, images of COCO in another order than their ids; a name is of the place that it is read from."""
+    """Lines in no order, COCO's images in another order than their ids; a name is of the place it is read from."""
     path = pictures / f"captions.{suffix}"
     if suffix == "json":
         images = [{"id": 50 - 3 * k, "file_name": f"{k}.png"} for k in (4, 1, 0, 3, 5, 2)]
@@ -107,12 +107,10 @@ def test_pictures_meet_their_captions_in_batches(pictures, assets):
     path.write_text("\n".join(f"{k}.png\t{c}" for k, c in PAIRS))
     text = BartText(assets / "bart")
     encode = Encoder(bart_text=text, image_size=8)
-    grey = {
-        k: encode(FolderPairs(path, pictures)[n], np.random.default_rng(0))["pixels"].mean()
-        for n, (k, _) in enumerate(PAIRS)
-    }
+    source, rng = FolderPairs(path, pictures), np.random.default_rng(0)
+    grey = {k: encode(source[n], rng)["pixels"].mean() for n, (k, _) in enumerate(PAIRS)}
     assert sorted(grey, key=grey.get) == list(range(6))
-    for batch in itertools.islice(batches(FolderPairs(path, pictures), encode, batch_size=4, seed=1, threads=2), 6):
+    for batch in itertools.islice(batches(source, encode, batch_size=4, seed=1, threads=2), 6):
         for row, index in enumerate(batch.index):
             picture, caption = PAIRS[index]
             assert text.decode(batch.text_ids[row]) == caption
@@ -124,6 +122,9 @@ def test_lines_and_parts_keep_their_order_and_names(tmp_path):
     path.write_text("\n".join(f"text {n + 1}" for n in range(30)))
     lines = TextLines(path)
     assert all(lines[n].name == f"{path} {lines[n].text}" for n in range(30))
-    held_out, rest = Subset(lines, True, 7), Subset(lines, False, 7)
-    assert [held_out[n] for n in range(len(held_out))] == [lines[n] for n in range(0, 30, 7)]
-    assert [rest[n] for n in range(len(rest))] == [lines[n] for n in range(30) if n % 7]
+    order = {lines[n].text: n for n in range(30)}
+    parts = [[part[n] for n in range(len(part))] for part in (Subset(lines, True, 7), Subset(lines, False, 7))]
+    for part in parts:
+        numbers = [order[record.text] for record in part]
+        assert numbers == sorted(numbers) and part == [lines[n] for n in numbers]
+    assert sum(map(len, parts)) == 30

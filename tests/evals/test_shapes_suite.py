@@ -157,7 +157,12 @@ def test_retrieval_is_among_distinct_scenes(runner, start, monkeypatch):
     scenes = [shapes.make_scene(suite.seed, suite.split, i) for i in range(suite.retrieval)]
     seen = [tuple(thing.attributes for thing in scene.things) for scene in scenes]
     first = [k for k, attributes in enumerate(seen) if attributes not in seen[:k]]
-    monkeypatch.setattr(runner.predictor, "embed_texts", lambda params, texts: runner.embeddings[first])
+    by_words = {tuple(sorted(attributes)): k for k, attributes in reversed(list(enumerate(seen)))}
+
+    def embed_texts(params, texts):
+        return runner.embeddings[[by_words[tuple(sorted(shapes.parse_caption(text)))] for text in texts]]
+
+    monkeypatch.setattr(runner.predictor, "embed_texts", embed_texts)
     found = runner.retrieval(start[1])
     assert found["n"] == len(first)
     assert found["r_at_1"] == 1
