@@ -1,4 +1,4 @@
-"""Masks of a training batch, with weights so loud that a mask which is passed over shows in the losses."""
+"""Masks and rows of a training batch, with weights so loud that one which is passed over shows in the losses."""
 
 import itertools
 
@@ -18,6 +18,7 @@ def loud(assets):
     objective = make_objective(config)
     batch = next(iter(train_stream(config, objective, 0))).replace(index=None)
     params = jax.tree.map(lambda x: np.asarray(x) * (8 if np.ndim(x) > 1 else 1), objective.params)
+    params["image_projection"]["kernel"] *= 20
     terms = jax.jit(lambda batch: objective.terms(params, objective.frozen, batch, None))
     return batch, lambda **changes: jax.tree.map(float, terms(batch.replace(**changes)))
 
@@ -42,7 +43,7 @@ def test_padding_has_no_say_and_would_have_without_its_mask(loud, name):
     assert means(terms(**change(**noisy))) == pytest.approx(found, rel=1e-4)
     if name != "replay text":  # a target alone, whose mask is target_mask
         unmasked = means(terms(**change(**noisy, **{f"{field}_mask": np.ones_like(mask)})))
-        assert unmasked != pytest.approx(found, rel=1e-2)
+        assert unmasked != pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize(("inside", "term"), [(False, "icti"), (True, "text")])
@@ -61,3 +62,16 @@ def test_the_target_mask_alone_decides_what_counts(loud, inside, term):
     others = [{name: value for name, value in means(part).items() if name != term} for part in parts]
     for one, other in itertools.pairwise(others):
         assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_a_captions_loss_reads_its_own_picture_and_no_other(loud, row):
+    batch, terms = loud
+    own = np.arange(len(batch.pixels)) == row
+    mask = batch.target_mask & own[:, None]
+    blank = np.zeros_like(batch.pixels)
+    found = terms(target_mask=mask)["icti"]
+    others = terms(target_mask=mask, pixels=np.where(own[:, None, None, None], batch.pixels, blank))["icti"]
+    without = terms(target_mask=mask, pixels=np.where(own[:, None, None, None], blank, batch.pixels))["icti"]
+    assert others == pytest.approx(found, rel=1e-6)
+    assert without != pytest.approx(found, rel=1e-5)
