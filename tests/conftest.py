@@ -13,13 +13,46 @@ import numpy as np
 import pytest
 from tiny import SHARED_DATA, make_assets
 
+ABSENT = f"{SHARED_DATA} is absent"
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if SHARED_DATA.is_dir():
-        return
-    absent = [item for item in items if item.get_closest_marker("shared_data")]
-    config.hook.pytest_deselected(items=absent)
-    items[:] = [item for item in items if item not in absent]
+
+def pytest_report_header() -> list[str]:
+    """Says at once when tests will be left out."""
+    return [] if SHARED_DATA.is_dir() else [f"TESTS MARKED shared_data ARE LEFT OUT: {ABSENT}"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out what needs data that are absent; where CI is set, they have to be there."""
+    if item.get_closest_marker("shared_data") and not SHARED_DATA.is_dir():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(ABSENT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """A parity test that is skipped fails: parity is what the port is worth."""
+    report = yield
+    if item.get_closest_marker("parity") and report.skipped:
+        report.outcome, report.longrepr = "failed", f"a parity test was skipped: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many parity tests ran, and what was left out: counted from reports, so that workers' tests are in it."""
+    stats = terminalreporter.stats
+
+    def count(*outcomes: str, marker: str) -> int:
+        reports = [report for outcome in outcomes for report in stats.get(outcome, [])]
+        return sum(marker in getattr(report, "keywords", ()) for report in reports)
+
+    passed, failed = count("passed", marker="parity"), count("failed", "error", marker="parity")
+    terminalreporter.write_line(
+        f"parity with Hugging Face torch: {passed} passed{f', {failed} FAILED' if failed else ''}",
+        red=bool(failed),
+        bold=True,
+    )
+    if left_out := count("skipped", marker="shared_data"):
+        terminalreporter.write_line(f"{left_out} TESTS WERE LEFT OUT: {ABSENT}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")

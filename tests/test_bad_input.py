@@ -262,9 +262,9 @@ def test_runs_that_would_harm_another(results, place):
     assert "step 2 of 6" in again.stdout and "step 6/6" in again.stdout
 
 
-@pytest.mark.parametrize("name", ["no weights", "unknown key", "a web page"])
+@pytest.mark.parametrize("name", ["unknown key", "a web page"])
 def test_in_processes_of_their_own(assets, tmp_path, name):
-    make = {"no weights": model_cases, "unknown key": flag_cases, "a web page": folder_cases}[name]
+    make = {"unknown key": flag_cases, "a web page": folder_cases}[name]
     case = make(assets, tmp_path)[name]
     done = command_line("train", case.argv)
     check(name, case, {"code": done.returncode, "out": done.stdout, "err": done.stderr})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import flax.traverse_util
@@ -24,7 +23,7 @@ from vlkd_jax.data import shapes
 from vlkd_jax.data.sources import ShapesTexts
 from vlkd_jax.entry import run
 from vlkd_jax.evaluate import load_run
-from vlkd_jax.hf.save import save_bart, save_clip
+from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
@@ -34,7 +33,6 @@ from vlkd_jax.workdir import output_directory
 
 CLIP_POSITIONS = 32
 BART_POSITIONS = 64
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 def corpus(seed: int, count: int) -> list[str]:
@@ -109,11 +107,11 @@ def init_models(output: Path, seed: int) -> None:
     clip = ClipConfig(vision, text, 128)
     key = jax.random.key(seed)
     pixels, ids = jnp.zeros((1, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)), jnp.zeros((1, 4), jnp.int32)
-    params = Clip(clip).init(key, pixels, ids, ids == 0)["params"]
+    params = jax.jit(Clip(clip).init)(key, pixels, ids, ids == 0)["params"]
     save_clip(output / "clip", clip, with_positions(clip, params))
     size = train_bart_tokenizer(texts, output / "bart")
     bart = BartConfig(size, 128, 2, 3, 4, 4, 256, 256, BART_POSITIONS, scale_embedding=True, dropout=0.0)
-    params = Bart(bart).init(key, ids, ids == 0, ids)["params"]
+    params = jax.jit(Bart(bart).init)(key, ids, ids == 0, ids)["params"]
     params = flax.traverse_util.path_aware_map(functools.partial(widen, width=bart.d_model), params)
     for side in ("encoder", "decoder"):
         params[side]["embed_positions"] = {"embedding": sinusoids(np.arange(BART_POSITIONS + 2), bart.d_model)}
@@ -171,10 +169,8 @@ def export_models(output: Path, runs: Path) -> None:
     """Writes the models trained in `runs/clip` and `runs/bart`, with their tokenizers, to `output`."""
     for name, save in (("clip", save_clip), ("bart", save_bart)):
         config, objective, params, _ = load_run(runs / name)
-        (output / name).mkdir(parents=True, exist_ok=True)
         save(output / name, objective.configs[name], jax.device_get(params))
-        for file in TOKENIZER_FILES:
-            shutil.copy(model_directory(config[name]) / file, output / name / file)
+        copy_tokenizer(model_directory(config[name]), output / name)
 
 
 def define_flags() -> None:

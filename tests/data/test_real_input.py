@@ -1,6 +1,8 @@
 """Real photos, captions, questions and tokenizers, tiny random models: train, stop, resume, evaluate."""
 
 import json
+import resource
+import sys
 
 import jax
 import numpy as np
@@ -34,11 +36,18 @@ def run(tmp_path_factory):
                 "--config.eval.every=2",
                 "--config.eval.batches=1",
                 "--config.log_every=1",
+                "--config.mesh.data=1",
             ],
         )
         assert done.returncode == 0, done.stderr
         assert f"step {steps - 2} of {steps}" in done.stdout
     return directory / "run"
+
+
+def plausible(host_gib):
+    """As much as any process that this one has waited for had, at most; and more than nothing."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return 0 < host_gib <= resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
 
 
 def test_training_moves_the_student_and_measures_retention(run):
@@ -49,7 +58,8 @@ def test_training_moves_the_student_and_measures_retention(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = {line["step"]: line for line in lines if line["kind"] == "eval"}
     assert {0, 2, 4} <= set(evaluated) and "retention/token_accuracy" in evaluated[4]
-    assert [0.1 < line["host_gib"] < 64 for line in lines if line["kind"] == "memory"] == [True, True]
+    sizes = [line["host_gib"] for line in lines if line["kind"] == "memory"]
+    assert len(sizes) == 2 and all(map(plausible, sizes))
 
 
 def test_questions_and_captions(run, tmp_path):
@@ -69,7 +79,7 @@ def test_questions_and_captions(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert 0.1 < metrics["peak_memory"]["host_gib"] < 64
+    assert plausible(metrics["peak_memory"]["host_gib"])
     assert (metrics["suites"]["vqav2"]["n"], metrics["suites"]["coco_caption"]["n"]) == (8, 110)
     for name, count in (("vqav2", 8), ("coco_caption", 110)):
         rows = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]

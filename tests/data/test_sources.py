@@ -33,8 +33,9 @@ def folder(tmp_path):
 
 def coco(pairs):
     names = sorted({image for image, _ in pairs})
-    images = [{"id": 7 + k, "file_name": name, "license": 1} for k, name in enumerate(names)]
-    annotations = [{"id": 100 + k, "image_id": 7 + names.index(i), "caption": c} for k, (i, c) in enumerate(pairs)]
+    ids = {name: 90 - 7 * k for k, name in enumerate(names)}  # in another order than the images
+    images = [{"id": ids[name], "file_name": name, "license": 1} for name in names]
+    annotations = [{"id": 100 + k, "image_id": ids[i], "caption": c} for k, (i, c) in enumerate(pairs)]
     return json.dumps({"info": {}, "images": images, "annotations": annotations})
 
 

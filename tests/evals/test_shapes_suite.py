@@ -9,6 +9,7 @@ from tiny import make_assets, tiny_config
 
 from vlkd_jax.configs import suites
 from vlkd_jax.data import shapes
+from vlkd_jax.data.images import normalise, resize_and_crop
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import statistics
@@ -156,11 +157,35 @@ def test_retrieval_is_among_distinct_scenes(runner, start, monkeypatch):
     scenes = [shapes.make_scene(suite.seed, suite.split, i) for i in range(suite.retrieval)]
     seen = [tuple(thing.attributes for thing in scene.things) for scene in scenes]
     first = [k for k, attributes in enumerate(seen) if attributes not in seen[:k]]
-    monkeypatch.setattr(runner.predictor, "embed_texts", lambda params, texts: runner.embeddings[first])
+    by_words = {tuple(sorted(attributes)): k for k, attributes in reversed(list(enumerate(seen)))}
+
+    def embed_texts(params, texts):
+        return runner.embeddings[[by_words[tuple(sorted(shapes.parse_caption(text)))] for text in texts]]
+
+    monkeypatch.setattr(runner.predictor, "embed_texts", embed_texts)
     found = runner.retrieval(start[1])
     assert found["n"] == len(first)
     assert found["r_at_1"] == 1
     assert 0 <= found["clip_r_at_1"] <= 1
+
+
+def test_image_tokens_are_of_the_scene_asked_about(runner, start, monkeypatch):
+    """What the student is given for a question or a caption is what the teacher makes of that row's scene."""
+    predictor, suite = runner.predictor, runner.suite
+    given = []
+
+    def generate(params, sources, prefixes, max_new_tokens, image_tokens=None, image_of=None, contexts=None):
+        image_of = range(len(sources)) if image_of is None else image_of
+        given.append(None if image_tokens is None else image_tokens[list(image_of)])
+        return [""] * len(sources)
+
+    monkeypatch.setattr(predictor, "generate", generate)
+    rows = [runner.vqa(start[1])[1], runner.captions(start[1])[1]]
+    for tokens, some in zip(given, rows, strict=True):
+        scenes = [shapes.make_scene(suite.seed, suite.split, row["image"]) for row in some]
+        pictures = [normalise(resize_and_crop(shapes.render(scene), predictor.image_size)) for scene in scenes]
+        np.testing.assert_allclose(tokens, predictor.encode_images(pictures)[0], atol=1e-5)
+    assert [row["image"] for row in rows[0]] == [index for index, _, _ in runner.questions]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Writes random CLIP and BART directories of real or tiny size around given tokenizers, to try things without weights.
 
-`python -m vlkd_jax.hf.random --clip_tokenizer=DIR --bart_tokenizer=DIR --output=DIR [--size=base|tiny] [--seed=0]`
-writes DIR/clip (ViT-B/32 for base) and DIR/bart (BART-base for base).
+`python -m vlkd_jax.hf.random --clip_tokenizer=DIR --bart_tokenizer=DIR --output=DIR [--size=large|base|tiny] [--seed=0]`
+writes DIR/clip (ViT-L/14 for large, ViT-B/32 for base) and DIR/bart (BART-large, BART-base).
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,23 @@ from absl import flags
 from vlkd_jax import entry
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import TOKENIZER_FILES, WEIGHTS
-from vlkd_jax.hf.save import save_bart, save_clip
+from vlkd_jax.hf.load import WEIGHTS
+from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
 from vlkd_jax.workdir import output_directory
 
-SIZES = ("base", "tiny")
+SIZES = ("large", "base", "tiny")
 
 
 def clip_config(text: ClipText, size: str) -> ClipConfig:
-    """ViT-B/32's sizes, or tiny ones, with the tokenizer's vocabulary."""
+    """ViT-L/14's sizes, ViT-B/32's, or tiny ones, with the tokenizer's vocabulary."""
     ids = {"bos_token_id": text.bos, "eos_token_id": text.eos, "pad_token_id": text.pad}
+    if size == "large":
+        vision = ClipVisionConfig(1024, 4096, 24, 16, image_size=224, patch_size=14)
+        return ClipConfig(vision, ClipTextConfig(text.vocab_size, 768, 3072, 12, 12, **ids), 768)
     if size == "base":
         vision = ClipVisionConfig(768, 3072, 12, 12, image_size=224, patch_size=32)
         return ClipConfig(vision, ClipTextConfig(text.vocab_size, 512, 2048, 12, 8, **ids), 512)
@@ -39,9 +41,11 @@ def clip_config(text: ClipText, size: str) -> ClipConfig:
 
 
 def bart_config(text: BartText, size: str) -> BartConfig:
-    """BART-base's sizes, or tiny ones, with the tokenizer's vocabulary and special tokens."""
+    """BART-large's sizes, BART-base's, or tiny ones, with the tokenizer's vocabulary and special tokens."""
     ids = {"bos_token_id": text.bos, "pad_token_id": text.pad, "eos_token_id": text.eos}
     ids |= {"decoder_start_token_id": text.eos, "forced_bos_token_id": text.bos, "forced_eos_token_id": text.eos}
+    if size == "large":
+        return BartConfig(text.vocab_size, 1024, 12, 12, 16, 16, 4096, 4096, **ids)
     if size == "base":
         return BartConfig(text.vocab_size, 768, 6, 6, 12, 12, 3072, 3072, **ids)
     return BartConfig(text.vocab_size, 48, 2, 2, 4, 4, 96, 96, max_position_embeddings=256, **ids)
@@ -57,10 +61,7 @@ def write_random(clip_tokenizer: Path, bart_tokenizer: Path, output: Path, size:
     for name, source in (("clip", clip_tokenizer), ("bart", bart_tokenizer)):
         if (output / name / WEIGHTS).exists():
             raise UserError(f"{output / name / WEIGHTS}: exists already; choose another --output")
-        (output / name).mkdir(parents=True, exist_ok=True)
-        for file in TOKENIZER_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, output / name / file)
+        copy_tokenizer(source, output / name)
     ids = jnp.zeros((1, 2), jnp.int32)
     clip = clip_config(clip_text, size)
     pixels = jnp.zeros((1, clip.vision.image_size, clip.vision.image_size, 3))
@@ -78,7 +79,9 @@ def define_flags() -> None:
     flags.DEFINE_string("clip_tokenizer", None, "directory with CLIP's vocab.json and merges.txt, or tokenizer.json")
     flags.DEFINE_string("bart_tokenizer", None, "directory with BART's vocab.json and merges.txt, or tokenizer.json")
     flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
-    flags.DEFINE_enum("size", "base", SIZES, "base: ViT-B/32 and BART-base; tiny: for tests")
+    flags.DEFINE_enum(
+        "size", "base", SIZES, "large: ViT-L/14 and BART-large; base: ViT-B/32 and BART-base; tiny: for tests"
+    )
     flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
 
 

@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import safetensors.numpy
 
 from vlkd_jax.hf import names
-from vlkd_jax.hf.load import CONFIG, GENERATION, WEIGHTS
+from vlkd_jax.hf.load import CONFIG, GENERATION, TOKENIZER_FILES, WEIGHTS
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 
 
@@ -27,6 +28,14 @@ def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict) -
     generation = {f"{pin}_token_id": getattr(config, f"{pin}_token_id") for pin in pins}
     generation = {name: value for name, value in generation.items() if value is not None}
     _save(pathlib.Path(directory), params, config, {GENERATION: generation, CONFIG: config.to_hf()})
+
+
+def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
+    """Copies the tokenizer's files from one Hugging Face directory to another (created if absent), as they are."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _save(directory: pathlib.Path, params: dict, config: ClipConfig | BartConfig, texts: dict[str, dict]) -> None:
