@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from tiny import ROOT, tiny_config
+from tiny import tiny_config
 
 from configs import shapes_vlkd
 from vlkd_jax import train as loop
@@ -109,7 +109,6 @@ def test_resumed_is_uninterrupted(assets, tmp_path, monkeypatch):
 def demo_step(batch=None):
     """(its batch, state after it, metrics) of the demo's first step, 64 pairs and 64 texts."""
     config = shapes_vlkd.get_config()
-    config.update({"clip": str(ROOT / config.clip), "bart": str(ROOT / config.bart)})
     config.data.threads = 1
     objective = make_objective(config)
     optimizer = make_optimizer(config.optim, config.steps)

@@ -1,7 +1,7 @@
 """Writes random CLIP and BART directories of real or tiny size around given tokenizers, to try things without weights.
 
-`python -m vlkd_jax.hf.random --clip_tokenizer=DIR --bart_tokenizer=DIR --output=DIR [--size=large|base|tiny] [--seed=0]`
-writes DIR/clip (ViT-L/14 for large, ViT-B/32 for base) and DIR/bart (BART-large, BART-base).
+`python -m vlkd_jax.hf.random --clip_tokenizer=DIR --bart_tokenizer=DIR --output=DIR [--size=SIZE] [--seed=0]`
+writes DIR/clip and DIR/bart: ViT-L/14 and BART-large (`large`), ViT-B/32 and BART-base (`base`), or `tiny` ones.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_string("bart_tokenizer", None, "directory with BART's vocab.json and merges.txt, or tokenizer.json")
     flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
     flags.DEFINE_enum(
-        "size", "base", SIZES, "large: ViT-L/14 and BART-large; base: ViT-B/32 and BART-base; tiny: for tests"
+        "size", "base", SIZES, "L/14 and BART-large, B/32 and BART-base, or for tests"
     )
     flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
 
