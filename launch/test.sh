@@ -23,6 +23,9 @@ cd "$VLKD_ROOT"
 "$VLKD_PYTHON" -m ruff format --check .
 
 export JAX_PLATFORMS=cpu
+# threads of XLA's pool: a device blocks one for each collective it waits in, and with one thread a device, several
+# collectives of some devices can keep those of the others from ever starting (seen in jax 0.10.2)
+export NPROC=64
 # eight devices share these cores: on a busy machine one may wait for another longer than the 40 s after which XLA aborts
 collectives="--xla_cpu_collective_call_terminate_timeout_seconds=600"
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8 $collectives"

@@ -14,7 +14,7 @@ from tiny import tiny_config
 from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.errors import UserError
 from vlkd_jax.evaluate import load_run
-from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, with_absolute_paths
+from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, record_inputs, with_absolute_paths
 from vlkd_jax.train import train
 
 
@@ -55,24 +55,28 @@ def started(models):
     """(config, workdir) of a run that has recorded its files."""
     config = with_absolute_paths(tiny_config(models))
     (models / "run").mkdir()
-    check_inputs(models / "run", config)
+    record_inputs(models / "run", hash_inputs(config))
     return config, models / "run"
+
+
+def check(workdir, config):
+    check_inputs(workdir, config, hash_inputs(config))
 
 
 @pytest.mark.parametrize("field, name", CHANGES)
 def test_a_file_that_changed_is_named(models, started, field, name):
     config, workdir = started
-    check_inputs(workdir, config)
+    check(workdir, config)
     before = (models / field / name).read_bytes()
     CHANGES[field, name](models / field / name)
     assert (models / field / name).read_bytes() != before
     with pytest.raises(UserError) as caught:
-        check_inputs(workdir, config)
+        check(workdir, config)
     message = str(caught.value)
     assert message.count("sha256") == 1 and f"{models / field / name} ({field}) has changed, sha256 " in message
     assert "another --workdir" in message and "\n" not in message
     (models / field / name).write_bytes(before)
-    check_inputs(workdir, config)
+    check(workdir, config)
 
 
 def test_files_that_went_or_came_are_named_at_once(models, started):
@@ -81,7 +85,7 @@ def test_files_that_went_or_came_are_named_at_once(models, started):
     (models / "clip" / "added_tokens.json").write_text("{}")
     (models / "clip" / "README.md").write_text("nothing reads this")
     with pytest.raises(UserError) as caught:
-        check_inputs(workdir, config)
+        check(workdir, config)
     told = str(caught.value)
     assert "generation_config.json (bart) is gone" in told and "added_tokens.json (clip) is new" in told
     assert "README" not in told
@@ -91,7 +95,7 @@ def test_directories_may_move(models, started):
     config, workdir = started
     (models / "clip").rename(models / "teacher")
     config.clip = str(models / "teacher")
-    check_inputs(workdir, config)
+    check(workdir, config)
 
 
 def test_captions_and_texts_are_recorded_too(models):
@@ -100,10 +104,11 @@ def test_captions_and_texts_are_recorded_too(models):
     texts = {"data__captions": str(models / "captions.tsv"), "data__replay": str(models / "texts.txt")}
     config = with_absolute_paths(tiny_config(models, **texts))
     (models / "run").mkdir()
-    check_inputs(models / "run", config)
+    record_inputs(models / "run", hash_inputs(config))
+    check(models / "run", config)
     (models / "captions.tsv").write_text("a.png\tanother circle\n")
     with pytest.raises(UserError, match=r"captions\.tsv \(data\.captions\) has changed"):
-        check_inputs(models / "run", config)
+        check(models / "run", config)
 
 
 def test_a_damaged_record_is_one_line(models, started):
@@ -111,7 +116,7 @@ def test_a_damaged_record_is_one_line(models, started):
     for content in ("{", "[]", '{"clip": 3}'):
         (workdir / INPUTS_FILE).write_text(content)
         with pytest.raises(UserError, match=r"inputs\.json: not readable"):
-            check_inputs(workdir, config)
+            check(workdir, config)
 
 
 def test_shipped_models_have_hashes_and_no_path():
@@ -166,5 +171,21 @@ def test_replaced_weights_neither_resume_nor_evaluate(trained):
     for use in (lambda: train(config, trained / "run"), lambda: load_run(trained / "run")):
         with pytest.raises(UserError, match=r"clip/model\.safetensors \(clip\) has changed"):
             use()
+    saved = (trained / "run" / "config.json").read_bytes()
+    shutil.copytree(trained / "clip", trained / "other")
+    config.clip = str(trained / "other")
+    with pytest.raises(UserError, match=r"other/model\.safetensors \(clip\) has changed"):
+        train(config, trained / "run")
+    assert (trained / "run" / "config.json").read_bytes() == saved  # what was refused has left no trace
     weights.write_bytes(before)
     assert load_run(trained / "run")[3] >= 1
+
+
+def test_a_run_that_saved_nothing_may_begin_with_other_files(models):
+    """As after an error at its start, which the new files mend."""
+    config = tiny_config(models, steps=1)
+    (models / "run").mkdir()
+    record_inputs(models / "run", hash_inputs(config))
+    other_weights(models / "bart" / "model.safetensors")
+    train(config, models / "run")
+    check(models / "run", with_absolute_paths(config))

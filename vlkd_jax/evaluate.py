@@ -26,7 +26,7 @@ from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import pairs_suite
 from vlkd_jax.evals.shapes_suite import ShapesSuite
-from vlkd_jax.identity import check_inputs
+from vlkd_jax.identity import check_inputs, hash_inputs
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
@@ -46,7 +46,7 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
         raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
     config = ConfigDict(with_defaults(read_json(path)))
     objective = make_objective(config)
-    check_inputs(Path(directory), config)
+    check_inputs(Path(directory), config, hash_inputs(config))
     mesh = sharding.make_mesh(1)
     optimizer = make_optimizer(config.optim, config.steps)
     empty = jax.eval_shape(lambda: start_state(objective, optimizer, mesh))

@@ -68,15 +68,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_inputs(workdir: Path, config: ConfigDict) -> None:
-    """Compares the files that `config` names with those the run in `workdir` started with, or records them there.
+def record_inputs(workdir: Path, inputs: Hashes) -> None:
+    """Keeps the hashes of what a run starts with in its workdir."""
+    write_atomic(workdir / INPUTS_FILE, (json.dumps(inputs, indent=1) + "\n").encode())
+
+
+def check_inputs(workdir: Path, config: ConfigDict, now: Hashes) -> None:
+    """Compares `now`, the hashes of what `config` names, with those that the run in `workdir` started with.
+
+    A workdir without such a record is let pass: nothing was started there, or by a version that kept none.
 
     Raises:
       UserError: naming every file that is another one, is gone, or was not there at the start.
     """
-    now, path = hash_inputs(config), workdir / INPUTS_FILE
+    path = workdir / INPUTS_FILE
     if not path.is_file():
-        write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
         return
     try:
         start: Hashes = json.loads(path.read_bytes())

@@ -27,7 +27,7 @@ from vlkd_jax.data.streams import text_lengths, train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
-from vlkd_jax.identity import check_inputs, with_absolute_paths
+from vlkd_jax.identity import check_inputs, hash_inputs, record_inputs, with_absolute_paths
 from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.types import Batch, TrainState
@@ -66,16 +66,18 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       UserError: a config, a directory or a record that cannot be used; training that diverged (`entry.Diverged`).
     """
     check_config(config)
-    config = with_absolute_paths(config)
-    defaults = base.get_config().to_dict()
+    config, defaults = with_absolute_paths(config), base.get_config().to_dict()
+    inputs = hash_inputs(config)
+    if any(Path(workdir).glob("checkpoints/step_*")):  # what has saved nothing yet may begin with other files
+        check_inputs(Path(workdir), config, inputs)
     with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE, defaults) as directory:
         mesh = sharding.make_mesh(config.mesh.data)
         objective = make_objective(config)
-        check_inputs(directory, config)
         optimizer = make_optimizer(config.optim, config.steps)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
             fresh, meta = checkpoints.latest() is None, {}
             if fresh:
+                record_inputs(directory, inputs)
                 objective = whitened(config, objective, mesh)
             state = start_state(objective, optimizer, mesh)
             if not fresh:

@@ -134,7 +134,7 @@ td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 thead th { font-size: .875rem; color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 600; }
-td:nth-child(3) { font-weight: 700; }
+td:nth-child(3):not(:last-child) { font-weight: 700; }
 td small, tbody th small { display: block; font-size: .78rem; font-weight: normal; color: var(--soft); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
 .card { display: flex; gap: .9rem; padding: .75rem; border: 1px solid var(--line); border-left: 5px solid var(--right);

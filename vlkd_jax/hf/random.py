@@ -79,9 +79,7 @@ def define_flags() -> None:
     flags.DEFINE_string("clip_tokenizer", None, "directory with CLIP's vocab.json and merges.txt, or tokenizer.json")
     flags.DEFINE_string("bart_tokenizer", None, "directory with BART's vocab.json and merges.txt, or tokenizer.json")
     flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
-    flags.DEFINE_enum(
-        "size", "base", SIZES, "L/14 and BART-large, B/32 and BART-base, or for tests"
-    )
+    flags.DEFINE_enum("size", "base", SIZES, "L/14 and BART-large, B/32 and BART-base, or for tests")
     flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
 
 
