@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
 from vlkd_jax.data.sources import (
+    WORLD_SIZE,
     CaptionTexts,
     FolderPairs,
     ShapesPairs,
@@ -107,8 +108,7 @@ def text_lengths(config: ConfigDict, objective: Objective) -> list[str]:
     sources = {"pairs": (make_source(config, "train"), objective.encoder)}
     if _mixes_texts(config):
         sources["replayed texts"] = (make_text_source(config, "train"), objective.replay_encoder)
-    own = {name: pair for name, pair in sources.items() if not isinstance(pair[0], ShapesPairs | ShapesTexts)}
-    return [_told_lengths(config, name, *pair) for name, pair in own.items()]
+    return [_told_lengths(config, name, *pair) for name, pair in sources.items() if len(pair[0]) < WORLD_SIZE]
 
 
 def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str:
