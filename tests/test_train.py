@@ -233,7 +233,7 @@ def test_killed_and_started_again(whole_run, assets, tmp_path, capsys):
     number = r"-?[\d.]+(?:e[+-]?\d+)?"
     names = ["lr", "grad_norm", "icti", "itcl", "l2", "loss", "text", "ttdm"]
     assert len(progress) == 1
-    assert re.match(r"step 6/6  eta 0:00  \d+ images/s  data \d+%  lr ", progress[0])
+    assert re.match(r"step 6/6  eta 0:00  [\d.]+ images/s  data \d+%  lr ", progress[0])
     assert sorted(re.findall(rf"([a-z_0-9]+) {number}(?=  |$)", progress[0].split("%  ")[1])) == sorted(names)
 
 

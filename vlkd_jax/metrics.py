@@ -56,13 +56,14 @@ class Progress:
 
     def line(self, step: int, values: dict[str, float]) -> str:
         """`step 120/900  eta 2:31  250 images/s  data 1%  lr 1.0e-04  loss 3.21  ...`"""
-        eta = (self.steps - step) * self.batch_size / max(values["images_per_second"], 1e-9)
+        speed = values["images_per_second"]
+        eta = (self.steps - step) * self.batch_size / max(speed, 1e-9)
         rest = [f"{name} {value:.4g}" for name, value in values.items() if name not in RATES]
         return "  ".join(
             [
                 f"step {step}/{self.steps}",
                 f"eta {int(eta // 60)}:{int(eta % 60):02d}",
-                f"{values['images_per_second']:.0f} images/s",
+                f"{speed:.{0 if speed >= 10 else 2}f} images/s",
                 f"data {values['data_wait']:.0%}",
                 *rest,
             ]
