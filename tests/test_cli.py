@@ -201,7 +201,8 @@ def test_the_demo_of_a_wheel_starts(from_wheel):
     """Up to its training, with few questions: the models were read and the student evaluated by then."""
     code = (
         "from vlkd_jax import demo, entry; from vlkd_jax.configs import suites; "
-        "suites.SUITES['shapes'] |= dict(questions=7, captions=2, retrieval=2, text_questions=7); "
+        "small = dict(questions=7, captions=2, retrieval=2, text_questions=7); "
+        "[suites.SUITES[name].update(small) for name in demo.SUITES]; "
         "entry.run(demo.main, demo.define_flags)"
     )
     told = []
