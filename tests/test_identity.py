@@ -94,6 +94,8 @@ def test_files_that_went_or_came_are_named_at_once(models, started):
 def test_directories_may_move(models, started):
     config, workdir = started
     (models / "clip").rename(models / "teacher")
+    with pytest.raises(UserError, match=rf"{models}/clip \(clip\) is gone; where it has moved.*--config\.clip="):
+        check(workdir, config)
     config.clip = str(models / "teacher")
     check(workdir, config)
 
@@ -151,6 +153,13 @@ def relative_config(**changes):
     return config
 
 
+def from_anywhere(trained, **changes):
+    config = relative_config(**changes)
+    config.clip, config.bart = str(trained / "clip"), str(trained / "bart")
+    config.data.captions, config.data.images = str(trained / "captions.tsv"), str(trained / "images")
+    return config
+
+
 def test_relative_paths_mean_the_same_from_any_directory(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, _, _, step = load_run(os.path.relpath(trained / "run"))
@@ -165,9 +174,7 @@ def test_replaced_weights_neither_resume_nor_evaluate(trained):
     weights = trained / "clip" / "model.safetensors"
     before = weights.read_bytes()
     other_weights(weights)
-    config = relative_config(steps=3)
-    config.clip, config.bart = str(trained / "clip"), str(trained / "bart")
-    config.data.captions, config.data.images = str(trained / "captions.tsv"), str(trained / "images")
+    config = from_anywhere(trained, steps=3)
     for use in (lambda: train(config, trained / "run"), lambda: load_run(trained / "run")):
         with pytest.raises(UserError, match=r"clip/model\.safetensors \(clip\) has changed"):
             use()
@@ -179,6 +186,17 @@ def test_replaced_weights_neither_resume_nor_evaluate(trained):
     assert (trained / "run" / "config.json").read_bytes() == saved  # what was refused has left no trace
     weights.write_bytes(before)
     assert load_run(trained / "run")[3] >= 1
+
+
+def test_a_run_is_told_where_its_models_moved(trained):
+    (trained / "bart").rename(trained / "student")
+    with pytest.raises(UserError, match=r"bart.* is gone"):
+        load_run(trained / "run")
+    config = from_anywhere(trained, steps=3)
+    config.bart = str(trained / "student")
+    train(config, trained / "run")
+    config, _, _, step = load_run(trained / "run")
+    assert config.bart == str(trained / "student") and step == 3
 
 
 def test_a_run_that_saved_nothing_may_begin_with_other_files(models):

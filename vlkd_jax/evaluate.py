@@ -45,8 +45,8 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
     config = ConfigDict(with_defaults(read_json(path)))
-    objective = make_objective(config)
     check_inputs(Path(directory), config, hash_inputs(config))
+    objective = make_objective(config)
     mesh = sharding.make_mesh(1)
     optimizer = make_optimizer(config.optim, config.steps)
     empty = jax.eval_shape(lambda: start_state(objective, optimizer, mesh))

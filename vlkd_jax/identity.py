@@ -100,6 +100,8 @@ def _changes(config: ConfigDict, field: str, start: Hashes, now: Hashes) -> list
     before, after = start.get(field, {}), now.get(field, {})
     is_model = field in ("clip", "bart")
     place = model_directory(config[field]) if is_model else Path(config.data[field.removeprefix("data.")])
+    if before and not place.exists():
+        return [f"{place} ({field}) is gone; where it has moved, `vlkd train --config.{field}=PLACE` tells the run"]
     lines = []
     for name in sorted(before | after):
         path = place / name if is_model else place
