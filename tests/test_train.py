@@ -25,7 +25,7 @@ from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
-from vlkd_jax.train import STOPPED, check_config, train
+from vlkd_jax.train import STOPPED, NanGuard, check_config, train
 
 MIXED = {"loss__text": 0.5, "loss__l2": 0.1, "dropout": 0.1, "data__context_length": 0}
 """Options under which everything that is random or frozen takes part."""
@@ -142,15 +142,15 @@ class Cut(Exception):
 
 def cut_at(monkeypatch, step):
     """The next run ends in the middle of `step`, after the update and before its checkpoint."""
-    original = module._Loop._watch
+    original = module._Loop._log
 
-    def watch(loop, at, *rest):
+    def log(loop, at, *rest):
         if at == step:
             raise Cut
         return original(loop, at, *rest)
 
-    monkeypatch.setattr(module._Loop, "_watch", watch)
-    return lambda: monkeypatch.setattr(module._Loop, "_watch", original)
+    monkeypatch.setattr(module._Loop, "_log", log)
+    return lambda: monkeypatch.setattr(module._Loop, "_log", original)
 
 
 def test_resumed_is_uninterrupted(whole_run, assets, tmp_path, monkeypatch, capsys):
@@ -317,6 +317,39 @@ def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
         assert f"step {step} (records {', '.join(map(str, range(first, first + 8)))})" in message
     assert "step 2" not in message and "optim.lr" in message and "checkpoint" in message
     assert steps_of(tmp_path / "run") == [4, 5]
+
+
+class Flag:
+    """Stands for a step's flag on the device: says when it was waited for."""
+
+    def __init__(self, value, waited):
+        self.value, self.waited = value, waited
+
+    def __int__(self):
+        self.waited.append(self)
+        return self.value
+
+
+def test_a_step_is_waited_for_when_the_next_has_started(capsys):
+    waited, guard = [], NanGuard(3)
+    flags = [Flag(value, waited) for value in (0, 1, 0, 1, 2, 0, 1, 2, 3)]
+    for step, flag in enumerate(flags[:7], 1):
+        guard.add(step, flag, np.arange(9) + 10 * step)
+        guard.look(but_last=True)
+        assert waited == flags[: step - 1]
+    guard.look(but_last=False)
+    assert waited == flags[:7]
+    for step in (8, 9):
+        guard.add(step, flags[step - 1], np.arange(2) + 10 * step)
+    with pytest.raises(entry.Diverged) as caught:
+        guard.look(but_last=False)
+    message = str(caught.value)
+    assert message.startswith(
+        "3 updates in a row were not finite: step 7 (records 70, 71, 72, 73, 74, 75, 76, 77, ...);"
+    )
+    assert "step 8 (records 80, 81); step 9 (records 90, 91);" in message
+    told = re.findall(r"step (\d+): the loss or its gradient is not finite", capsys.readouterr().out)
+    assert told == ["2", "4", "5", "7", "8", "9"]
 
 
 class Figures:

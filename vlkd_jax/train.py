@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -148,6 +149,42 @@ def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+class NanGuard:
+    """Ends a run after `limit` skipped updates in a row, and names their batches.
+
+    A step's flag is looked at when the next step has been started, so that the device never waits for the program.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._ahead: list[tuple[int, jax.Array, np.ndarray]] = []  # started, not looked at
+        self._bad: list[str] = []  # the skipped updates without a good one between
+
+    def add(self, step: int, skipped_in_row: jax.Array, index: np.ndarray) -> None:
+        """Takes note of a step that was started on the records `index` [B]."""
+        self._ahead.append((step, skipped_in_row, index))
+
+    def look(self, but_last: bool) -> None:
+        """Waits for the steps added so far, `but_last` leaving out the newest.
+
+        Raises:
+          Diverged: too many in a row were skipped.
+        """
+        while len(self._ahead) > but_last:
+            step, skipped_in_row, index = self._ahead.pop(0)
+            if not int(skipped_in_row):
+                self._bad.clear()
+                continue
+            rows = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
+            self._bad.append(f"step {step} (records {rows})")
+            say(f"step {step}: the loss or its gradient is not finite; this update is skipped")
+            if len(self._bad) >= self.limit:
+                raise entry.Diverged(
+                    f"{len(self._bad)} updates in a row were not finite: {'; '.join(self._bad)}; "
+                    "lower optim.lr or look at these records; the last checkpoint is good"
+                )
+
+
 class _Loop:
     """One run of the loop, with what it reports to."""
 
@@ -181,12 +218,15 @@ class _Loop:
             self._evaluate(0, state, progress)
             if self.early_stop.metric:
                 self.checkpoints.save(0, state, self._meta())
-        bad: list[str] = []
+        guard = NanGuard(config.nan_limit)
         stream = train_stream(config, self.objective, start, self.unusable)
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
+            # returns at once: while the device runs this step, the next batch is read and put there
             state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)))
-            bad = self._watch(step, metrics, batch, bad)
+            guard.add(step, metrics["skipped_in_row"], batch.index)
+            guard.look(but_last=step % config.save_every != 0 and step != config.steps)
             if step == start + 1:
+                jax.block_until_ready(metrics)
                 progress.rates(step)  # the first step compiles: it is left out of the rates
             elif step % config.log_every == 0 or step == config.steps:
                 self._log(step, state, metrics, progress)
@@ -217,20 +257,6 @@ class _Loop:
             batch = next(stream)
             progress.waited += time.monotonic() - before
             yield batch
-
-    def _watch(self, step: int, metrics: dict, batch: Batch, bad: list[str]) -> list[str]:
-        """Names the batches of the current run of skipped updates; raises when there are too many."""
-        if not int(metrics["skipped_in_row"]):
-            return []
-        rows = ", ".join(str(i) for i in batch.index[:8])
-        bad = [*bad, f"step {step} (records {rows}{', ...' if len(batch.index) > 8 else ''})"]
-        say(f"step {step}: the loss or its gradient is not finite; this update is skipped")
-        if len(bad) >= self.config.nan_limit:
-            raise entry.Diverged(
-                f"{len(bad)} updates in a row were not finite: {'; '.join(bad)}; "
-                "lower optim.lr or look at these records; the last checkpoint is good"
-            )
-        return bad
 
     def _log(self, step: int, state: TrainState, metrics: dict, progress: Progress) -> None:
         values = {name: float(value) for name, value in metrics.items() if name not in ("updates", "skipped_in_row")}
