@@ -263,3 +263,22 @@ def test_texts_are_embedded_one_by_one_as_in_training(make, tower):
     order = [5, 0, 3, 1, 4, 2, 2]
     for some in ([*range(len(TEXTS))], order, order[:BATCH], [2]):
         np.testing.assert_allclose(embed([TEXTS[k] for k in some]), expected[some], atol=1e-5)
+
+
+def test_parameters_go_to_the_device_once(assets):
+    """Not with each batch: every call of a compiled function gets arrays that are there already, the same ones."""
+    objective = make_objective(tiny_config(assets))
+    predictor, calls = Predictor(objective, batch_size=2), []
+    for name in ("_encode_images", "_generate", "_embed", "_embed_clip"):
+        compiled = getattr(predictor, name)
+        setattr(predictor, name, lambda p, *a, f=compiled, n=name, **k: (calls.append((n, p)), f(p, *a, **k))[1])
+    size, texts = predictor.image_size, ["a red circle", "a blue square", "a ring"]
+    predictor.encode_images(np.zeros((3, size, size, 3), np.float32))
+    predictor.embed_texts_clip(texts)
+    predictor.embed_texts(objective.params, texts)
+    predictor.generate(objective.params, [[7]] * 3, [[7]] * 3, 2)
+    functions = ("_encode_images", "_embed_clip", "_embed", "_generate")
+    assert [name for name, _ in calls] == [name for name in functions for _ in range(2)]
+    for (_, first), (_, second) in zip(calls[::2], calls[1::2], strict=True):
+        for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+            assert isinstance(one, jax.Array) and one is other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -27,7 +28,7 @@ class Predictor:
 
     def __init__(self, objective: Objective, image_tokens: str = "projected", batch_size: int = 64):
         self.student, self.teacher = objective.module, objective.teacher
-        self.clip_params = objective.frozen.get("clip")
+        self._clip = objective.frozen.get("clip")
         self.bart = Bart(objective.configs["bart"], dtype=objective.module.dtype)
         self.text: BartText = objective.encoder.bart_text
         self.clip_text: ClipText | None = objective.encoder.clip_text
@@ -40,6 +41,11 @@ class Predictor:
         self._embed_clip = jax.jit(
             lambda clip, ids, mask: self.teacher.apply({"params": clip}, ids, mask, method="encode_texts")
         )
+
+    @functools.cached_property
+    def clip_params(self) -> Params:
+        """The teacher's parameters, put on the device once."""
+        return jax.device_put(self._clip)
 
     def _image_step(self, clip: Params, pixels: Array, kind: str) -> tuple[Array, Array]:
         output = self.teacher.apply({"params": clip}, pixels, method="encode_images")
@@ -77,7 +83,7 @@ class Predictor:
 
     def embed_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
         """The student's sentence embeddings [n, E], L2-normalised."""
-        ids = [self.text.wrap(self.text.encode(text)) for text in texts]
+        ids, params = [self.text.wrap(self.text.encode(text)) for text in texts], jax.device_put(params)
         return self._over_texts(lambda i, m: self._embed(params, i, m), ids, self.text.pad, _bucket(ids))
 
     def embed_texts_clip(self, texts: Sequence[str]) -> np.ndarray:
@@ -116,7 +122,7 @@ class Predictor:
         Raises:
           UserError: a source or a prefix with its continuation is longer than the model's positions.
         """
-        config = self.bart.config
+        config, params = self.bart.config, jax.device_put(params)  # once, not with each batch
         first = [config.decoder_start_token_id, self.text.bos]  # as training starts, whatever a directory forces
         prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
         limit = config.max_position_embeddings

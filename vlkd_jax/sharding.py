@@ -35,6 +35,12 @@ def over_data(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def put_rows(mesh: jax.sharding.Mesh, tree):
+    """A batch that every process holds whole (numpy): split over `data` where its rows divide evenly, else repeated."""
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    return jax.device_put(tree, replicated(mesh) if rows % mesh.size else over_data(mesh))
+
+
 def put(mesh: jax.sharding.Mesh, tree):
     """A batch of this process's rows (numpy) as global arrays, split over `data`."""
     sharding = over_data(mesh)

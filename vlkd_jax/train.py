@@ -192,7 +192,7 @@ class _Loop:
         self.config, self.objective, self.mesh, self.checkpoints = config, objective, mesh, checkpoints
         self.frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
         self.writer = MetricWriter(directory)
-        self.held_out = HeldOut(config, objective) if config.eval.every else None
+        self.held_out = HeldOut(config, objective, self.frozen, mesh) if config.eval.every else None
         self.early_stop = EarlyStop(config.early_stop.metric, config.early_stop.max_drop, meta.get("retention_start"))
         self.stopped = directory / STOPPED
         self.rate = schedule(config.optim, config.optim.lr, config.steps)

@@ -6,16 +6,19 @@ No question about an image is asked here, so nothing that stops or steers a run 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
+import jax
 from ml_collections import ConfigDict
 
+from vlkd_jax import sharding
 from vlkd_jax.data.streams import held_out
 from vlkd_jax.distill import Objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.retention import answer_texts, mean_terms, text_questions, without_dropout
 from vlkd_jax.evals.vqa import exact_match
 from vlkd_jax.predict import Predictor
-from vlkd_jax.types import Params
+from vlkd_jax.types import Batch, Params
 
 
 class HeldOut:
@@ -24,10 +27,14 @@ class HeldOut:
     Keys of a result: `held_out/<term>` for each loss term on held-out pairs; for a student or a BART also
     `retention/denoise_loss`, `retention/token_accuracy` on held-out texts and, on the built-in world,
     `retention/text_qa`, the share of text-only questions answered right.
+
+    Args:
+      frozen: `objective.frozen` on the devices.
+      mesh: the devices over which a batch is spread.
     """
 
-    def __init__(self, config: ConfigDict, objective: Objective):
-        self.objective = objective
+    def __init__(self, config: ConfigDict, objective: Objective, frozen: dict[str, Params], mesh: jax.sharding.Mesh):
+        self.frozen, self.mesh = frozen, mesh
         self.pairs = held_out(config, objective)
         self.terms = without_dropout(objective.terms)
         self.predictor = None
@@ -41,18 +48,21 @@ class HeldOut:
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Every figure for these parameters."""
-        frozen = self.objective.frozen
-        found = {f"held_out/{k}": v for k, v in mean_terms(self.terms, params, frozen, self.pairs).items()}
+        pairs = mean_terms(self.terms, params, self.frozen, self._spread(self.pairs))
+        figures = {f"held_out/{name}": value for name, value in pairs.items()}
         if self.predictor is None:
-            return found
-        texts = mean_terms(self.text_terms, params, frozen, self.texts)
-        found["retention/denoise_loss"] = texts["text"]
-        found["retention/token_accuracy"] = texts["token_accuracy"]
+            return figures
+        texts = mean_terms(self.text_terms, params, self.frozen, self._spread(self.texts))
+        figures["retention/denoise_loss"] = texts["text"]
+        figures["retention/token_accuracy"] = texts["token_accuracy"]
         if self.questions:
             answers = answer_texts(self.predictor, params, self.questions)
             right = [exact_match(a, question.answer) for a, (_, question) in zip(answers, self.questions, strict=True)]
-            found["retention/text_qa"] = sum(right) / len(right)
-        return found
+            figures["retention/text_qa"] = sum(right) / len(right)
+        return figures
+
+    def _spread(self, batches: list[Batch]) -> Iterator[Batch]:
+        return (sharding.put_rows(self.mesh, batch) for batch in batches)
 
 
 @dataclasses.dataclass
