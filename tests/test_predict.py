@@ -103,8 +103,9 @@ def training_answers(objective, params, sources, prefixes, tokens=None, contexts
     @jax.jit
     def logits(targets, source, tokens, context):
         def forward(student):
-            prefix = None if tokens is None else student.image_prefix(tokens)
-            memory, mask = student.memory(prefix, student.encode(*source), source[1])
+            memory, mask = student.encode(*source), source[1]
+            if tokens is not None:
+                memory, mask = student.memory(student.image_prefix(tokens), memory, mask)
             if context is not None:
                 memory = jnp.concatenate([student.encode(*context), memory], 1)
                 mask = jnp.concatenate([context[1], mask], 1)

@@ -87,7 +87,7 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
 
     def change(of: Callable[[dict], dict], name: str) -> dict[str, Any]:
         pair = (("before", of(before)), ("after", of(after)))
-        return {f"{when}{end}": found[f"{name}{end}"] for when, found in pair for end in ("", "_interval")}
+        return {f"{when}{end}": metrics[f"{name}{end}"] for when, metrics in pair for end in ("", "_interval")}
 
     by_type = {
         kind: {
@@ -104,15 +104,15 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
     return {
         "n": after["vqa"]["n"],
         "vqa": {
-            **change(lambda found: found["vqa"], "overall"),
+            **change(lambda metrics: metrics["vqa"], "overall"),
             "blind": after["vqa_blind"]["overall"],
             "majority": majority["overall"],
             "by_type": by_type,
         },
-        "caption": {name: change(lambda found: found["caption"], name) for name in ("attribute_f1", "exact_match")}
+        "caption": {name: change(lambda metrics: metrics["caption"], name) for name in ("attribute_f1", "exact_match")}
         | {"n": after["caption"]["n"], "distinct": after["caption"]["distinct"]},
         "text_qa": {
-            **change(lambda found: found["text_qa"], "overall"),
+            **change(lambda metrics: metrics["text_qa"], "overall"),
             "n": after["text_qa"]["n"],
         },
         "retrieval": {**after["retrieval"], "before": before["retrieval"]["r_at_1"]},

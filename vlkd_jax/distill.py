@@ -17,7 +17,7 @@ from vlkd_jax.data.pipeline import Corruption, Encoder
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart, load_clip
-from vlkd_jax.models.bart import Bart, shift_right
+from vlkd_jax.models.bart import Bart, join_memory, shift_right
 from vlkd_jax.models.clip import LEGACY_EOS_TOKEN_ID, Clip
 from vlkd_jax.models.configs import BartConfig, ClipTextConfig
 from vlkd_jax.models.vlkd import Student
@@ -221,20 +221,20 @@ def _vlkd(config: ConfigDict) -> Objective:
             corrupted = student.encode(batch.source_ids, batch.source_mask, deterministic=rng is None)
             memory, mask = student.memory(student.image_prefix(tokens), corrupted, batch.source_mask)
             logits = student.decode_logits(batch.text_ids, memory, mask, deterministic=rng is None)
-            found = {
+            terms_by_name = {
                 "ttdm": losses.ttdm(near, text),
                 "itcl": losses.itcl(image, sentence, student.scale() if learned_scale else clip_scale),
                 "icti": losses.icti(logits, batch.text_ids, batch.target_mask),
             }
             if batch.replay is not None:
-                found["text"] = _denoise(student.bart, batch.replay, rng)["text"]
-            return found
+                terms_by_name["text"] = _denoise(student.bart, batch.replay, rng)["text"]
+            return terms_by_name
 
-        found = student.apply({"params": params}, rngs=_rngs(rng), method=forward)
+        terms_by_name = student.apply({"params": params}, rngs=_rngs(rng), method=forward)
         if weights.l2:
             gaps = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params["bart"], frozen["start"])
-            found["l2"] = 0.5 * sum(jax.tree.leaves(gaps)), jnp.float32(1)
-        return found
+            terms_by_name["l2"] = 0.5 * sum(jax.tree.leaves(gaps)), jnp.float32(1)
+        return terms_by_name
 
     def text_terms(params: Params, frozen: dict[str, Params], batch: Batch, rng: Array | None) -> Terms:
         return student.apply({"params": params}, batch, rng, rngs=_rngs(rng), method=lambda s, *a: _denoise(s.bart, *a))
@@ -283,8 +283,7 @@ def _denoise(bart: Bart, batch: Batch, rng: Array | None) -> Terms:
     memory, mask = bart.encode(batch.source_ids, batch.source_mask, deterministic=deterministic), batch.source_mask
     if batch.context_ids is not None:
         context = bart.encode(batch.context_ids, batch.context_mask, deterministic=deterministic)
-        memory = jnp.concatenate([context, memory], 1)
-        mask = jnp.concatenate([batch.context_mask, mask], 1)
+        memory, mask = join_memory((context, batch.context_mask), (memory, mask))
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
     logits = bart.logits(bart.decode(inputs, memory, mask, deterministic=deterministic))
     return {

@@ -60,7 +60,7 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
 
 def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Params, workdir: Path) -> dict[str, Any]:
     """Runs every suite of `suites.suites`; writes each one's predictions and returns the metrics by suite."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in suites.suites:
         suite = suites[name]
         before = time.monotonic()
@@ -70,11 +70,10 @@ def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Pa
             run = {"vqa": pairs_suite.vqa, "caption": pairs_suite.captions}[suite.kind]
             metrics, rows = run(suite, predictor, params)
         write_predictions(workdir / name, rows)
-        found[name] = {**metrics, "suite": suite.to_dict(), "seconds": round(time.monotonic() - before, 2)}
-        say(
-            f"{name}: {len(rows)} predictions in {found[name]['seconds']:.1f} s, {workdir / name / 'predictions.jsonl'}"
-        )
-    return found
+        seconds = round(time.monotonic() - before, 2)
+        results[name] = {**metrics, "suite": suite.to_dict(), "seconds": seconds}
+        say(f"{name}: {len(rows)} predictions in {seconds:.1f} s, {workdir / name / 'predictions.jsonl'}")
+    return results
 
 
 def _shapes(suite: ConfigDict, predictor: Predictor, params: Params, start: Params):
@@ -125,9 +124,9 @@ def main() -> None:
         )
     workdir = output_directory(flags.FLAGS.workdir)
     predictor = Predictor(objective, config.student.image_tokens, suites.batch_size)
-    found = evaluate(suites, predictor, params, objective.params, workdir)
+    results = evaluate(suites, predictor, params, objective.params, workdir)
     result = {
-        "suites": found,
+        "suites": results,
         "checkpoint": {"directory": str(Path(flags.FLAGS.checkpoint).absolute()), "step": step},
         **circumstances(config.seed),
     }
@@ -135,7 +134,7 @@ def main() -> None:
     result["peak_memory"] = peak_memory()
     write_atomic(workdir / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
     say(f"wrote {workdir / 'metrics.json'}")
-    for name, metrics in found.items():
+    for name, metrics in results.items():
         say(f"{name}: " + "  ".join(_headlines(metrics)))
 
 

@@ -46,9 +46,9 @@ class Progress:
         """images_per_second and data_wait (a fraction) since the last call."""
         now = time.monotonic()
         seconds, steps = max(now - self.last_time, 1e-9), step - self.last_step
-        found = {"images_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        rates = {"images_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
         self.last_time, self.last_step, self.waited = now, step, 0.0
-        return found
+        return rates
 
     def skip_time(self, seconds: float) -> None:
         """Leaves time that was not training (an evaluation) out of the rates."""
@@ -73,9 +73,9 @@ class Progress:
 def peak_memory() -> dict[str, float]:
     """Most memory so far in GiB: of this process (`host_gib`) and, where there is an accelerator, of its fullest."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kibibytes on Linux, bytes on macOS
-    found = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    gib = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     used = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    return found | ({"device_gib": max(used) / 2**30} if any(used) else {})
+    return gib | ({"device_gib": max(used) / 2**30} if any(used) else {})
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ from vlkd_jax import decoding
 from vlkd_jax.data.text import BartText, ClipText, pad
 from vlkd_jax.distill import Objective, select_tokens
 from vlkd_jax.errors import UserError
-from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.bart import Bart, join_memory
 from vlkd_jax.types import Array, Params
 
 
@@ -64,7 +64,7 @@ class Predictor:
             parts.insert(0, (image, jnp.ones(image.shape[:2], bool)))
         if context is not None:
             parts.insert(0, (encode(*context), context[1]))
-        memory, mask = (jnp.concatenate(part, 1) for part in zip(*parts, strict=True))
+        memory, mask = join_memory(*parts)
         return decoding.greedy(self.bart, bart, memory, mask, *prefix, max_new_tokens)
 
     def _embed_step(self, params: Params, ids: Array, mask: Array) -> Array:

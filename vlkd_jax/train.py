@@ -129,8 +129,8 @@ def whitened(config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh) 
     if config.objective != "vlkd" or not config.student.whiten:
         return objective
     stream = train_stream(config, objective, 0)
-    found = whitening.estimate(objective, config.student.image_tokens, stream, config.student.whiten, mesh)
-    return dataclasses.replace(objective, params=objective.params | {"image_whitening": found})
+    statistics = whitening.estimate(objective, config.student.image_tokens, stream, config.student.whiten, mesh)
+    return dataclasses.replace(objective, params=objective.params | {"image_whitening": statistics})
 
 
 def start_state(objective: Objective, optimizer, mesh: jax.sharding.Mesh) -> TrainState:

@@ -44,8 +44,8 @@ def estimate(objective: Objective, image_tokens: str, stream: Iterator[Batch], i
     seen, total, outer = 0, 0.0, 0.0
     while seen < images:
         pixels = sharding.put(mesh, next(stream).pixels)
-        found = jax.device_get(compiled(objective.frozen["clip"], pixels))
-        total, outer = total + found[0].astype(np.float64), outer + found[1].astype(np.float64)
+        batch_sums = jax.device_get(compiled(objective.frozen["clip"], pixels))
+        total, outer = total + batch_sums[0].astype(np.float64), outer + batch_sums[1].astype(np.float64)
         seen += pixels.shape[0]
     mean = total / seen
     return {"mean": mean.astype(np.float32), "matrix": zca(outer / seen - np.outer(mean, mean))}

@@ -248,12 +248,12 @@ def _stated(things: list[Thing], rng: np.random.Generator) -> str:
 def _relations(first: Thing, second: Thing) -> list[tuple[str, str]]:
     """Where `first` is, seen from `second`: (axis, word) for each axis on which their quadrants differ."""
     a, b = POSITIONS.index(first.position), POSITIONS.index(second.position)
-    found = []
+    relations = []
     if a % 2 != b % 2:
-        found.append(("x", "left" if a % 2 < b % 2 else "right"))
+        relations.append(("x", "left" if a % 2 < b % 2 else "right"))
     if a // 2 != b // 2:
-        found.append(("y", "above" if a // 2 < b // 2 else "below"))
-    return found
+        relations.append(("y", "above" if a // 2 < b // 2 else "below"))
+    return relations
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
@@ -333,15 +333,15 @@ def parse_caption(text: str) -> list[tuple[str, str, str, str]]:
     Other words are passed over.
     """
     words = text.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()
-    found: list[list[str]] = []
+    objects: list[list[str]] = []
     ahead = ["", "", "", ""]
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         if word in RADII or word in COLORS:
             field = int(word in COLORS)
-            (found[-1] if found and before == "is" else ahead)[field] = word
+            (objects[-1] if objects and before == "is" else ahead)[field] = word
         elif word in SHAPES:
-            found.append([*ahead[:2], word, ahead[3]])
+            objects.append([*ahead[:2], word, ahead[3]])
             ahead = ["", "", "", ""]
         elif f"{word} {after}" in POSITIONS:
-            (found[-1] if found and not found[-1][3] else ahead)[3] = f"{word} {after}"
-    return [tuple(f) for f in found]
+            (objects[-1] if objects and not objects[-1][3] else ahead)[3] = f"{word} {after}"
+    return [tuple(f) for f in objects]

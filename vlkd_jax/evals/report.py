@@ -207,13 +207,13 @@ def _kinds_table(result: dict[str, Any]) -> str:
 
 
 def _other_table(result: dict[str, Any]) -> str:
-    caption, text_qa, found = result["caption"], result["text_qa"], result["retrieval"]
-    retrieval = {"before": found["before"], "after": found["r_at_1"], "after_interval": found["r_at_1_interval"]}
+    caption, text_qa, ranks = result["caption"], result["text_qa"], result["retrieval"]
+    retrieval = {"before": ranks["before"], "after": ranks["r_at_1"], "after_interval": ranks["r_at_1_interval"]}
     lines = (
         ("captions: attribute F1", caption["n"], caption["attribute_f1"], None),
         ("captions: right in every detail", caption["n"], caption["exact_match"], None),
         ("text-only questions, no picture", text_qa["n"], text_qa, None),
-        ("retrieval: the right picture first", found["n"], retrieval, found["clip_r_at_1"]),
+        ("retrieval: the right picture first", ranks["n"], retrieval, ranks["clip_r_at_1"]),
     )
     return "".join(
         f'<tr><th scope="row">{label}<small>n = {n:,}</small></th>'
@@ -318,15 +318,15 @@ def _pair(card: Callable[[dict[str, Any]], str], right: Rows, wrong: Rows, none:
 
 def _read_metrics(path: Path) -> tuple[dict[int, dict], dict[int, dict], int]:
     """(training lines by step, held-out lines by step, unreadable lines); the later line of a step counts."""
-    found: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
+    lines_by_kind: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
     unreadable = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             values = json.loads(line)
-            found[values["kind"]][int(values["step"])] = values
+            lines_by_kind[values["kind"]][int(values["step"])] = values
         except (ValueError, KeyError, TypeError):  # a run that was killed may leave half a line
             unreadable += 1
-    return *(dict(sorted(lines.items())) for lines in found.values()), unreadable
+    return *(dict(sorted(lines.items())) for lines in lines_by_kind.values()), unreadable
 
 
 def _points(lines: dict[int, dict], name: str) -> tuple[list[int], list[float]]:

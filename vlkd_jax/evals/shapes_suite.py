@@ -85,8 +85,8 @@ class ShapesSuite:
         for _, _, question in self.questions:
             counts.setdefault(question.kind, Counter())[question.answer] += 1
         best = {kind: count.most_common(1)[0][1] for kind, count in counts.items()}
-        found = {kind: best[kind] / counts[kind].total() for kind in counts}
-        return found | {"overall": sum(best.values()) / len(self.questions)}
+        shares = {kind: best[kind] / counts[kind].total() for kind in counts}
+        return shares | {"overall": sum(best.values()) / len(self.questions)}
 
     def captions(self, params: Params) -> Result:
         """Captions after the forced prefix: exact scene match and attribute F1 (`evals.captions.scene_match`)."""

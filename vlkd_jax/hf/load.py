@@ -237,9 +237,9 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
         yield "unused: " + ", ".join(tensors.files[name][1] for name in unused)
     for name, shape in wanted.items():
         if name in tensors:
-            dtype, found = tensors.header(name)
-            if found != shape:
-                yield f"{name} is {list(found)}, {CONFIG} asks for {list(shape)}"
+            dtype, stored = tensors.header(name)
+            if stored != shape:
+                yield f"{name} is {list(stored)}, {CONFIG} asks for {list(shape)}"
             elif dtype not in FLOATS:
                 yield f"{name} holds {dtype}, not floating-point numbers"
 

@@ -145,9 +145,9 @@ def hf_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_hf(rows: list[Row], params: dict) -> dict[str, np.ndarray]:
     """Flax parameters as {Hugging Face name: C-contiguous float32 array}. ValueError names parameters off the table."""
     known = {row.path for row in rows}
-    found = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
-    if known != found:
-        wrong = ", ".join(sorted(".".join(path) for path in known ^ found))
+    given = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    if known != given:
+        wrong = ", ".join(sorted(".".join(path) for path in known ^ given))
         raise ValueError(f"parameters absent from the tree or unknown to the name table: {wrong}")
     tensors = {}
     for row in rows:

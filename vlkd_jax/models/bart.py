@@ -19,6 +19,12 @@ def shift_right(ids: jax.Array, start_id: int) -> jax.Array:
     return jnp.concatenate([jnp.full_like(ids[:, :1], start_id), ids[:, :-1]], axis=1)
 
 
+def join_memory(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """What a decoder reads: parts of (states [B, Mi, D], mask [B, Mi]) one behind the other, [B, M, D] and [B, M]."""
+    states, masks = zip(*parts, strict=True)
+    return jnp.concatenate(states, 1), jnp.concatenate(masks, 1)
+
+
 def _dense(features: int, dtype) -> nn.Dense:
     return Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(INIT_STD))
 

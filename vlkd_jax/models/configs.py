@@ -109,9 +109,9 @@ class _Fields:
 def _check_model_type(config: Any, wanted: str, source: str):
     if not isinstance(config, dict):
         raise UserError(f"{source}: the file must be a JSON object; restore the original")
-    found = config.get("model_type")
-    if found != wanted:
-        raise UserError(f"{source}: model_type is {found!r}; give a directory that holds a {wanted!r} model")
+    model_type = config.get("model_type")
+    if model_type != wanted:
+        raise UserError(f"{source}: model_type is {model_type!r}; give a directory that holds a {wanted!r} model")
 
 
 def _clip_part(config: dict, name: str, defaults: dict) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlkd_jax.losses import normalise
-from vlkd_jax.models.bart import Bart, shift_right
+from vlkd_jax.models.bart import Bart, join_memory, shift_right
 from vlkd_jax.models.configs import BartConfig
 from vlkd_jax.models.layers import Dense
 from vlkd_jax.types import Array
@@ -80,12 +80,10 @@ class Student(nn.Module):
         """Decoder memory [B, N, D] of the teacher's image tokens [B, N, E]."""
         return self.image_projection(self.image_whitening(tokens) if self.whiten else tokens)
 
-    def memory(self, prefix: Array | None, hidden: Array, mask: Array) -> tuple[Array, Array]:
-        """What the decoder reads: [prefix, hidden] [B, M, D] and its mask [B, M]; no prefix: the text alone."""
-        if prefix is None:
-            return hidden, mask
+    def memory(self, prefix: Array, hidden: Array, mask: Array) -> tuple[Array, Array]:
+        """What the decoder reads: [prefix, hidden] [B, M, D] and its mask [B, M]."""
         keep = jnp.ones(prefix.shape[:2], bool)
-        return jnp.concatenate([prefix.astype(hidden.dtype), hidden], 1), jnp.concatenate([keep, mask], 1)
+        return join_memory((prefix.astype(hidden.dtype), keep), (hidden, mask))
 
     def decode_logits(self, target_ids: Array, memory: Array, mask: Array, deterministic: bool = True) -> Array:
         """Teacher-forced logits [B, T, V] float32 of target ids [B, T] (shifted right inside)."""
@@ -95,16 +93,3 @@ class Student(nn.Module):
     def scale(self) -> Array:
         """The inverse temperature of the contrastive loss; the train step keeps it at 100 or less, as CLIP's."""
         return jnp.exp(self.logit_scale)
-
-    def cross_cache(self, memory: Array):
-        """Cross-attention keys and values of a memory, computed once."""
-        return self.bart.cross_cache(memory)
-
-    def init_cache(self, batch: int, length: int):
-        """Empty self-attention cache for `length` decoder positions."""
-        return self.bart.init_cache(batch, length)
-
-    def decode_step(self, ids: Array, positions: Array, cache, cross, memory_mask: Array, cache_mask: Array):
-        """Logits [B, V] after the last of ids [B, Q], and the cache with them written; see `Bart.decode_step`."""
-        hidden, cache = self.bart.decode_step(ids, positions, cache, cross, memory_mask, cache_mask)
-        return self.bart.logits(hidden[:, -1]), cache
