@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import tensorboardX
 from PIL import Image
 from tiny import ROOT, arguments, environment, tiny_config
 
@@ -308,6 +309,8 @@ def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch
 
 def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
     poison(monkeypatch, {2, 4, 5, 6})
+    closed = []
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "close", lambda *_: closed.append(1))
     with pytest.raises(entry.Diverged) as caught:
         train(tiny_config(assets, **MIXED, nan_limit=3, save_every=1), tmp_path / "run")
     message = str(caught.value)
@@ -317,6 +320,7 @@ def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
         assert f"step {step} (records {', '.join(map(str, range(first, first + 8)))})" in message
     assert "step 2" not in message and "optim.lr" in message and "checkpoint" in message
     assert steps_of(tmp_path / "run") == [4, 5]
+    assert closed  # the events are flushed also then
 
 
 class Flag:

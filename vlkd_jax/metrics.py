@@ -14,7 +14,10 @@ RATES = ("images_per_second", "data_wait")
 
 
 class MetricWriter:
-    """Appends numbers to `workdir/metrics.jsonl` and to TensorBoard events (tensorboardX; no TensorFlow needed)."""
+    """Appends numbers to `workdir/metrics.jsonl` and to TensorBoard events (tensorboardX; no TensorFlow needed).
+
+    Use it in a `with` block: leaving the block, also by an exception, flushes the events.
+    """
 
     def __init__(self, workdir: Path):
         from tensorboardX import SummaryWriter
@@ -30,8 +33,10 @@ class MetricWriter:
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def close(self) -> None:
-        """Flushes the TensorBoard events."""
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._board.close()
 
 

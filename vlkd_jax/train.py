@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         mesh = sharding.make_mesh(config.mesh.data)
         objective = make_objective(config)
         optimizer = make_optimizer(config.optim, config.steps)
-        with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints:
+        with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
             fresh, meta = checkpoints.latest() is None, {}
             if fresh:
                 record_inputs(directory, inputs)
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             if not fresh:
                 step, state, meta = checkpoints.restore(jax.tree.map(abstract, state))
                 _tell_changed_schedule(config, meta.get("steps", config.steps), step)
-            loop = _Loop(config, directory, objective, mesh, checkpoints, meta)
+            loop = _Loop(config, directory, objective, mesh, checkpoints, writer, meta)
             return loop.run(state, make_train_step(objective, optimizer, config.dropout, config.seed))
 
 
@@ -188,10 +188,10 @@ class NanGuard:
 class _Loop:
     """One run of the loop, with what it reports to."""
 
-    def __init__(self, config, directory: Path, objective: Objective, mesh, checkpoints: Checkpoints, meta: dict):
+    def __init__(self, config, directory: Path, objective: Objective, mesh, checkpoints, writer, meta: dict):
         self.config, self.objective, self.mesh, self.checkpoints = config, objective, mesh, checkpoints
         self.frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
-        self.writer = MetricWriter(directory)
+        self.writer = writer
         self.held_out = HeldOut(config, objective, self.frozen, mesh) if config.eval.every else None
         self.early_stop = EarlyStop(config.early_stop.metric, config.early_stop.max_drop, meta.get("retention_start"))
         self.stopped = directory / STOPPED
@@ -248,7 +248,6 @@ class _Loop:
             say(f"records passed over: {self.unusable}")
         memory = peak_memory()
         self.writer.write(step, "memory", memory)
-        self.writer.close()
         say("peak memory  " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()))
 
     def _timed(self, stream: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
