@@ -173,6 +173,9 @@ def test_another_length_of_the_run_is_told(whole_run, assets, tmp_path, capsys):
     shutil.copytree(whole_run.workdir, tmp_path / "run")
     train(tiny_config(assets, **MIXED, steps=8, log_every=2), tmp_path / "run")
     out = capsys.readouterr().out
+    table = {row.split()[1]: [cell.strip() for cell in row.split("|")[2:6]] for row in re.findall(r"\| \w+/.*", out)}
+    assert table["sentence_projection/kernel"] == ["(32, 24)", "float32", "768", "()"]  # on every device whole
+    assert len(table) == len(jax.tree.leaves(whole_run.state.params)) - 1  # the logit scale has no slash
     assert "config.json: log_every: 1 -> 2, steps: 6 -> 8" in out
     optim = tiny_config(assets).optim
     rates = [float(schedule(optim, optim.lr, 8)(k)) for k in (6, 7)]

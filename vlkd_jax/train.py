@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from clu import parameter_overview
 from ml_collections import ConfigDict, config_flags
 
 from vlkd_jax import entry, sharding, whitening
@@ -211,6 +212,7 @@ class _Loop:
             f"{config.objective}: {count_parameters(trained):,} parameters trained, "
             f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
         )
+        say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
         for line in text_lengths(config, self.objective):
             say(line)
         progress = Progress(config.steps, config.batch_size, start)
