@@ -89,14 +89,14 @@ def test_resumed_is_uninterrupted(assets, tmp_path, monkeypatch):
     class Cut(Exception):
         pass
 
-    watch = loop._Loop._watch
+    log = loop._Loop._log
 
     def cut(self, step, *rest):
         if step == 3:
             raise Cut
-        return watch(self, step, *rest)
+        return log(self, step, *rest)
 
-    monkeypatch.setattr(loop._Loop, "_watch", cut)
+    monkeypatch.setattr(loop._Loop, "_log", cut)
     with pytest.raises(Cut):
         train(config, tmp_path / "run")
     monkeypatch.undo()
