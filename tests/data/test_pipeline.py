@@ -19,6 +19,7 @@ from vlkd_jax.data.streams import held_out, make_source, make_text_source, train
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.models.configs import ClipTextConfig
 from vlkd_jax.types import Batch
 
 
@@ -213,7 +214,7 @@ def test_defaults_are_those_of_a_run():
     data, corruption = base.get_config().data, base.get_config().corruption
     encode = Encoder()
     assert dataclasses.asdict(encode.corruption) == corruption.to_dict()
-    assert encode.truncate == data.truncate
+    assert encode.truncate == data.truncate and encode.clip_length == ClipTextConfig.max_position_embeddings
     for name in ("text_length", "source_length", "context_length"):
         assert getattr(encode, name) == data[name]
 
