@@ -156,8 +156,11 @@ def test_gradient_of_ttdm_through_normalise(rng):
 
 
 def test_low_precision_inputs_are_summed_in_float32(rng):
-    """4,096 equal terms: a bfloat16 sum would stand still after 256 of them."""
+    """4,096 equal terms: a bfloat16 sum would stand still after 256 of them. Nor are products rounded to bfloat16."""
     sentence, text = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros((4096, 1), jnp.bfloat16)
     check(losses.ttdm(sentence, text), 4096, 4096)
     total, _ = losses.icti(jnp.zeros((1, 4096, 2), jnp.bfloat16), np.zeros((1, 4096), int), np.ones((1, 4096), bool))
     np.testing.assert_allclose(total, 4096 * np.log(2), rtol=1e-5)
+    image, sentence = (jnp.asarray(vectors(rng), jnp.bfloat16) for _ in range(2))
+    expected = itcl_by_rows(*(np.asarray(x, np.float64) for x in (image, sentence)), 1 / 0.07)
+    check(losses.itcl(image, sentence, 1 / 0.07), expected, BATCH)

@@ -1,6 +1,8 @@
 """The predictor against the training forward, row by row; and rows that keep to themselves: no mix-up of images."""
 
+import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,16 @@ import pytest
 from tiny import IMAGE_SIZE, tiny_config
 
 from vlkd_jax.distill import make_objective, teacher_outputs
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.load import load_bart
+from vlkd_jax.hf.save import save_bart
+from vlkd_jax.models.bart import POSITION_OFFSET
 from vlkd_jax.predict import Predictor
 from vlkd_jax.types import Batch
 
 IMAGES, ROWS, BATCH = 5, 11, 4  # rows are no multiple of the batch
 IMAGE_OF = [3, 0, 0, 4, 1, 2, 0, 3, 3, 1, 4]
-WIDTH = 32  # tokens of a padded text in the training forward
+WIDTH = 40  # tokens of a padded text in the training forward
 KNOWN = ("red", "blue", "circle", "square", "large", "small", "left", "right")
 NEW = 4  # the last of them is the forced `</s>`
 KINDS = {
@@ -283,3 +289,63 @@ def test_parameters_go_to_the_device_once(assets):
     for (_, first), (_, second) in zip(calls[::2], calls[1::2], strict=True):
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             assert isinstance(one, jax.Array) and one is other
+
+
+@pytest.fixture(scope="module")
+def narrow(assets, tmp_path_factory):
+    """(objective, parameters, predictor) of a BART of WIDTH positions: no multiple of the widths that are compiled."""
+    place = shutil.copytree(assets / "bart", tmp_path_factory.mktemp("narrow") / "bart")
+    config, params = load_bart(place)
+    for side in ("encoder", "decoder"):
+        table = params[side]["embed_positions"]
+        table["embedding"] = table["embedding"][: WIDTH + POSITION_OFFSET]
+    save_bart(place, dataclasses.replace(config, max_position_embeddings=WIDTH), params)
+    objective = make_objective(tiny_config(assets, bart=str(place), data__replay_length=WIDTH))
+    return objective, loud(objective, np.random.default_rng(0)), Predictor(objective, batch_size=BATCH)
+
+
+def test_prompts_may_fill_the_positions_and_no_more(narrow, rng):
+    """The longest beside a short one; the ends of a text, and the decoder's start and new tokens, take their room."""
+    objective, params, predictor = narrow
+    known = [*words(objective.encoder.bart_text).values()]
+
+    def rows(longest):
+        return [[int(k) for k in rng.choice(known, n)] for n in (3, longest)]
+
+    room = {"sources": WIDTH - 2, "prefixes": WIDTH - 2 - NEW, "contexts": WIDTH - 2}
+    full = {name: rows(count) for name, count in room.items()}
+    found = predictor.generate(params, max_new_tokens=NEW, **full)
+    assert found == training_answers(objective, params, **full)
+    for name, count in room.items():
+        with pytest.raises(UserError, match=f"there is room for {WIDTH - NEW if name == 'prefixes' else WIDTH};"):
+            predictor.generate(params, max_new_tokens=NEW, **full | {name: rows(count + 1)})
+
+
+def test_texts_to_embed_may_fill_the_positions(narrow, rng):
+    """The student refuses longer ones; for the teacher they are cut, and end all the same."""
+    objective, params, predictor = narrow
+    text, clip_text = objective.encoder.bart_text, objective.encoder.clip_text
+    said = [str(word) for word in rng.choice(KNOWN, 3 * WIDTH)]
+
+    def longest(encode, room):
+        return max(k for k in range(len(said)) if len(encode(" ".join(said[:k]))) <= room)
+
+    count = longest(text.encode, WIDTH - 2)
+    full = " ".join(said[:count])
+    assert len(text.encode(full)) > 32
+    for some in ([full], ["a red circle", full]):
+        ids, mask = padded([text.wrap(text.encode(words)) for words in some], text.pad)
+
+        def sentence(student, ids=ids, mask=mask):
+            return student.embed_sentence(student.encode(ids, mask), mask)
+
+        expected = jax.jit(lambda p, sentence=sentence: objective.module.apply({"params": p}, method=sentence))(params)
+        np.testing.assert_allclose(predictor.embed_texts(params, some), expected, atol=1e-5)
+    with pytest.raises(UserError, match="max_position_embeddings is 40"):
+        predictor.embed_texts(params, ["a red circle", " ".join(said)])
+
+    count = longest(clip_text.encode, predictor.clip_length)
+    assert len(clip_text.encode(" ".join(said[:count]))) == predictor.clip_length
+    found = predictor.embed_texts_clip([" ".join(said[:k]) for k in (count - 1, count, count + 1, len(said))])
+    assert np.linalg.norm(found[0] - found[1]) > 1e-3
+    np.testing.assert_array_equal(found[2:], found[[1, 1]])

@@ -82,9 +82,13 @@ class Predictor:
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def embed_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
-        """The student's sentence embeddings [n, E], L2-normalised."""
+        """The student's sentence embeddings [n, E], L2-normalised.
+
+        Raises:
+          UserError: a text is longer than the model's positions.
+        """
         ids, params = [self.text.wrap(self.text.encode(text)) for text in texts], jax.device_put(params)
-        return self._over_texts(lambda i, m: self._embed(params, i, m), ids, self.text.pad, _bucket(ids))
+        return self._over_texts(lambda i, m: self._embed(params, i, m), ids, self.text.pad, self._width(ids))
 
     def embed_texts_clip(self, texts: Sequence[str]) -> np.ndarray:
         """The teacher's text embeddings [n, E], L2-normalised; texts are cut at CLIP's positions."""
@@ -93,6 +97,11 @@ class Predictor:
         return self._over_texts(
             lambda i, m: self._embed_clip(self.clip_params, i, m), ids, self.clip_text.pad, self.clip_length
         )
+
+    def _width(self, rows: Sequence[list[int]], step: int = 16) -> int:
+        """Room for the longest: a multiple of `step`, so that few shapes are compiled, or all of the positions."""
+        longest = max(map(len, rows))
+        return max(min(-(-longest // step) * step, self.bart.config.max_position_embeddings), longest)
 
     def _over_texts(self, function, ids: list[list[int]], pad_id: int, width: int) -> np.ndarray:
         parts = []
@@ -127,7 +136,7 @@ class Predictor:
         prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
         limit = config.max_position_embeddings
         contexts = [self.text.wrap(c) for c in contexts] if contexts is not None else [[]] * len(sources)
-        widths = tuple(min(_bucket(rows), limit) for rows in (sources, prefixes, contexts))
+        widths = tuple(self._width(rows) for rows in (sources, prefixes, contexts))
         for rows, room in ((sources, limit), (prefixes, limit - max_new_tokens), (contexts, limit)):
             if max(map(len, rows)) > room:
                 raise UserError(f"a prompt has {max(map(len, rows))} BART tokens, there is room for {room}; shorten it")
@@ -142,10 +151,6 @@ class Predictor:
             ids = self._generate(params, tokens, context, source, prefix, max_new_tokens=max_new_tokens)
             texts += [self.text.decode(row[row != self.text.pad]) for row in np.asarray(ids)[:count]]
         return texts
-
-
-def _bucket(rows: Sequence[list[int]], step: int = 16) -> int:
-    return -(-max(map(len, rows)) // step) * step
 
 
 def _fill(rows: list, size: int) -> list:

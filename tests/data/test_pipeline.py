@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
+from vlkd_jax.configs import base
 from vlkd_jax.data import shapes
 from vlkd_jax.data.pipeline import Corruption, Encoder, UnusableRecords, batches
 from vlkd_jax.data.shapes import SPLITS
@@ -18,6 +19,7 @@ from vlkd_jax.data.streams import held_out, make_source, make_text_source, train
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.models.configs import ClipTextConfig
 from vlkd_jax.types import Batch
 
 
@@ -170,6 +172,53 @@ def test_long_texts(assets):
         assert row[f"{name}_mask"].all() and row[f"{name}_ids"][-1] == end
 
 
+def test_texts_may_fill_their_room(encoders):
+    """To the last token; one more is refused, or cut."""
+    encode, rng = dataclasses.replace(encoders[0], image_size=None), np.random.default_rng(0)
+    record = Record("a large red circle", context="a small blue square", prompt="a large")
+    bart, clip = encode.bart_text, encode.clip_text
+    room = {
+        "clip": len(clip.encode(record.text)),
+        "text": 2 + len(bart.encode(record.text)),
+        "source": 3 + len(bart.encode(record.prompt)),
+        "context": 2 + len(bart.encode(record.context)),
+    }
+    full = dataclasses.replace(encode, **{f"{name}_length": length for name, length in room.items()})
+    row, cut = full(record, rng), dataclasses.replace(full, truncate=True)(record, rng)
+    for name, length in room.items():
+        assert row[f"{name}_mask"].all() and len(row[f"{name}_ids"]) == length
+        np.testing.assert_array_equal(cut[f"{name}_ids"], row[f"{name}_ids"])
+        small = dataclasses.replace(full, **{f"{name}_length": length - 1})
+        with pytest.raises(RecordError, match=f"has {length} of .* tokens, the limit is {length - 1}"):
+            small(record, rng)
+        ids = dataclasses.replace(small, truncate=True)(record, rng)[f"{name}_ids"]
+        assert ids.tolist() == [*row[f"{name}_ids"][: length - 2], row[f"{name}_ids"][-1]]
+
+
+def test_lengths_and_limits_are_those_of_the_rows(encoders):
+    """Each vocabulary's where it is read, and the whole caption's also where it does not fit."""
+    encode, source = dataclasses.replace(encoders[0], image_size=None), ShapesPairs(0, "train")
+    only = dataclasses.replace(encode, bart_text=None), dataclasses.replace(encode, clip_text=None)
+    for record in (source[k] for k in range(20)):
+        row = encode(record, np.random.default_rng(0))
+        lengths = {"BART": row["text_mask"].sum(), "CLIP": row["clip_mask"].sum()}
+        limits = {"BART": len(row["text_ids"]), "CLIP": len(row["clip_ids"])}
+        assert encode.lengths(record) == dataclasses.replace(encode, text_length=3).lengths(record) == lengths
+        for some, name in zip(only, ("CLIP", "BART"), strict=True):
+            assert some.lengths(record) == {name: lengths[name]}
+            assert dataclasses.replace(some, clip_length=9, text_length=9).limits() == {name: 9}
+    assert dataclasses.replace(encode, text_length=30).limits() == limits | {"BART": 30}
+
+
+def test_defaults_are_those_of_a_run():
+    data, corruption = base.get_config().data, base.get_config().corruption
+    encode = Encoder()
+    assert dataclasses.asdict(encode.corruption) == corruption.to_dict()
+    assert encode.truncate == data.truncate and encode.clip_length == ClipTextConfig.max_position_embeddings
+    for name in ("text_length", "source_length", "context_length"):
+        assert getattr(encode, name) == data[name]
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_what_a_reading_thread_raises_arrives_as_it_is(encoders, tmp_path, threads):
     path = tmp_path / "half.png"
@@ -244,6 +293,30 @@ def test_too_many_bad_records_end_the_run(encoders, monkeypatch):
     monkeypatch.setattr(UnusableRecords, "GRACE", 10)
     few = batches(SomeBad(3), encoders[1], batch_size=4, seed=0, threads=0, unusable=UnusableRecords(0.2))
     assert len(list(itertools.islice(few, 40))) == 40  # one in 23 is less than one in five
+
+
+def test_the_share_of_bad_records(monkeypatch):
+    """Of those read, the bad ones among them, and of GRACE while fewer are read; the share itself is allowed."""
+    monkeypatch.setattr(UnusableRecords, "GRACE", 16)
+    unusable = UnusableRecords(0.25)
+    unusable.check(np.array([0, 3, 0]))
+    unusable.check(np.array([1]))  # 4 of 8, a quarter of 16
+    unusable.check(np.zeros(8, int))
+    unusable.check(np.array([0, 1, 0]))  # 5 of 20
+    for reason, name in (
+        ("image not found", "a"),
+        ("caption empty", "b"),
+        ("caption empty", "c"),
+        ("caption empty", "b"),
+    ):
+        unusable.add(RecordError(reason, f"record {name}"))
+    with pytest.raises(UserError) as caught:
+        unusable.check(np.array([1]))
+    told = "6 of the 22 records read so far cannot be used (caption empty 2, image not found 1)"
+    assert str(caught.value).startswith(told) and str(caught.value).endswith("the last one: record b")
+    early = UnusableRecords(0.25)
+    with pytest.raises(UserError, match="5 of the 6 records"):
+        early.check(np.array([5]))
 
 
 def folder_config(assets, tmp_path, **changes):

@@ -14,6 +14,8 @@ from vlkd_jax.evals.vqa import accuracy, exact_match, normalise, plain
         ("yes.", ["yes"] * 10, 0),
         ("Yes", ["yes"] * 10, 0),
         ("\tyes\n", ["yes"] * 10, 1),
+        ("red\tand\nblue", ["red and blue"] * 10, 1),
+        ("red and blue", ["red\tand\nblue"] * 10, 1),
         ("two", ["2"] * 9 + ["3"], 1),  # they differ: everything is normalised
         ("beach", ["the beach"] * 5 + ["beach"] * 3 + ["sand"] * 2, 1),
         ("yes", ["yes"] * 4 + ["no"] * 6, 1),
@@ -52,6 +54,10 @@ def test_accuracy_is_the_mean_over_ten_humans_left_out(rng):
         ("eleven", "eleven"),
         ("t-shirt", "t shirt"),  # no space beside it: a space in its place
         ("t- shirt", "t shirt"),  # a space beside it: dropped
+        ("t-shirt pre- war", "tshirt pre war"),  # then it is dropped wherever it stands
+        ("t-shirt -5", "tshirt 5"),
+        ("t-shirt pre-\nwar", "tshirt pre war"),  # a line's end and a tab are spaces
+        ("t-shirt pre-\twar", "tshirt pre war"),
         ("yes,no", "yes no"),
         ("yes, no", "yes no"),
         ("1,000", "1000"),
@@ -69,6 +75,7 @@ def test_accuracy_is_the_mean_over_ten_humans_left_out(rng):
         ("wouldn'tve", "wouldn't've"),
         ("wouldntve", "wouldntve"),
         ("lets", "lets"),
+        ("cold've", "cold've"),  # another letter than the apostrophe is not put back
         ("somebody'd", "somebodyd"),
         ("ow's'at", "'ow's'at"),
         ("Im", "im"),
@@ -79,6 +86,19 @@ def test_accuracy_is_the_mean_over_ten_humans_left_out(rng):
 )
 def test_normalise(text, expected):
     assert normalise(text) == expected
+
+
+def test_number_words():
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    assert [normalise(word) for word in words] == [str(k) for k in range(11)]
+
+
+def test_marks_are_spaces_and_the_others_stay():
+    """Of ASCII; full stops have their own rule."""
+    marks = ';/[]"{}()=+\\_-><@`,?!'
+    for code in set(range(ord("!"), 127)) - {ord(".")}:
+        mark = chr(code)
+        assert normalise(f"x{mark}y") == ("x y" if mark in marks else f"x{mark}y".lower())
 
 
 def test_exact_match_passes_over_case_punctuation_and_articles():

@@ -42,9 +42,13 @@ def exact_match(answer: str, truth: str) -> bool:
     return plain(answer) == plain(truth)
 
 
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def normalise(answer: str) -> str:
     """The official script's processing: punctuation, number words, articles, contractions."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = _one_line(answer)
     joined = _COMMA.search(text) is not None
     out = text
     for mark in _PUNCTUATION:
@@ -60,8 +64,7 @@ def accuracy(answer: str, human_answers: Sequence[str]) -> float:
 
     Answers are normalised only when the humans differ, as the official script does.
     """
-    answers = [a.replace("\n", " ").replace("\t", " ").strip() for a in human_answers]
-    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    answers, answer = [_one_line(a) for a in human_answers], _one_line(answer)
     if len(set(answers)) > 1:
         answers, answer = [normalise(a) for a in answers], normalise(answer)
     total = answers.count(answer)
