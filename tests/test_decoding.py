@@ -170,6 +170,16 @@ def test_ends(model, rng):
     assert (short[:, 2][(short[:, :2] != EOS).all(1)] == EOS).all()
 
 
+@pytest.mark.parametrize("token", [BOS, PAD])
+def test_only_the_end_token_ends(model, rng, token):
+    """Also where the model would rather say another special token, as an untrained one may."""
+    bart, params = model
+    likely = params["final_logits_bias"] + 100 * (np.arange(params["final_logits_bias"].shape[-1]) == token)
+    memory, mask = encode(model, sources(rng, 3))
+    found = greedy((bart, params | {"final_logits_bias": likely}), memory, mask, *padded(prefixes(rng, [0, 2, 4])))
+    np.testing.assert_array_equal(found, [[token] * (NEW - 1) + [EOS]] * 3)
+
+
 def test_nothing_is_forced_where_nothing_is_configured(model, rng):
     bart, params = model
     free = Bart(dataclasses.replace(bart.config, forced_eos_token_id=None)), params

@@ -316,6 +316,8 @@ def test_prompts_may_fill_the_positions_and_no_more(narrow, rng):
     full = {name: rows(count) for name, count in room.items()}
     found = predictor.generate(params, max_new_tokens=NEW, **full)
     assert found == training_answers(objective, params, **full)
+    short = full | {"sources": rows(1), "contexts": rows(2)}  # the prefix is much the longest
+    assert predictor.generate(params, max_new_tokens=NEW, **short) == training_answers(objective, params, **short)
     for name, count in room.items():
         with pytest.raises(UserError, match=f"there is room for {WIDTH - NEW if name == 'prefixes' else WIDTH};"):
             predictor.generate(params, max_new_tokens=NEW, **full | {name: rows(count + 1)})
