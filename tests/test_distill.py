@@ -20,6 +20,7 @@ from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import HIDDEN, make_objective, make_train_step, teacher_outputs
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.save import save_bart
+from vlkd_jax.models.layers import l2_normalize
 from vlkd_jax.optim import LINEARS, count_parameters, decayed, groups, make_optimizer, schedule
 from vlkd_jax.types import Batch, TrainState
 
@@ -150,7 +151,7 @@ def test_image_token_options(parts):
         "pooled": (8, 1, JOINT),
     }
     # The pooled token is the class token of the projected ones, normalised.
-    np.testing.assert_allclose(losses.normalise(tokens["projected"][:, 0]), tokens["pooled"][:, 0], atol=1e-5)
+    np.testing.assert_allclose(l2_normalize(tokens["projected"][:, 0]), tokens["pooled"][:, 0], atol=1e-5)
 
 
 def test_padding_and_other_inputs_have_no_say_where_they_should_not(mixed):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlkd_jax import losses
+from vlkd_jax.models.layers import l2_normalize
 
 BATCH, WIDTH, LENGTH, VOCAB = 6, 5, 7, 11
 
@@ -32,13 +33,13 @@ def check(found, expected_sum, expected_count):
     assert float(count) == expected_count
 
 
-def test_normalise(rng):
+def test_l2_normalize(rng):
     x = rng.normal(size=(3, 4, WIDTH)) * 10.0 ** rng.integers(-4, 5, (3, 4, 1))
-    np.testing.assert_allclose(losses.normalise(jnp.asarray(x)), unit(x), rtol=1e-5, atol=1e-7)
-    assert losses.normalise(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_allclose(l2_normalize(jnp.asarray(x)), unit(x), rtol=1e-5, atol=1e-7)
+    assert l2_normalize(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
     zero = jnp.zeros(WIDTH)
-    assert not np.any(losses.normalise(zero))
-    assert np.all(np.isfinite(jax.jacobian(losses.normalise)(zero)))
+    assert not np.any(l2_normalize(zero))
+    assert np.all(np.isfinite(jax.jacobian(l2_normalize)(zero)))
 
 
 def test_ttdm(rng):
@@ -149,9 +150,9 @@ def test_gradient_of_itcl(rng):
         np.testing.assert_allclose(gradient, differences(moved, np.asarray(inputs[k]), 1e-5), atol=2e-5)
 
 
-def test_gradient_of_ttdm_through_normalise(rng):
+def test_gradient_of_ttdm_through_l2_normalize(rng):
     x, text = rng.normal(size=(3, WIDTH)), vectors(rng, 3)
-    ours = jax.grad(lambda x: losses.ttdm(losses.normalise(x), text)[0])(jnp.asarray(x, jnp.float32))
+    ours = jax.grad(lambda x: losses.ttdm(l2_normalize(x), text)[0])(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(ours, differences(lambda x: np.sum((unit(x) - text) ** 2), x, 1e-5), atol=2e-5)
 
 

@@ -15,12 +15,6 @@ import optax
 from vlkd_jax.types import Array
 
 
-def normalise(x: Array) -> Array:
-    """x / |x| over the last axis, float32; a zero vector stays zero with a finite gradient."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-
-
 def ttdm(sentence: Array, text: Array) -> tuple[Array, Array]:
     """Text-text distance minimisation: squared L2 distance of sentence [B, E] to the teacher's text [B, E]."""
     distance = jnp.sum(jnp.square(sentence.astype(jnp.float32) - text.astype(jnp.float32)), -1)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlkd_jax.data import images
-from vlkd_jax.data.images import check_header, normalise, open_image, resize_and_crop
+from vlkd_jax.data.images import check_header, normalize_pixels, open_image, resize_and_crop
 from vlkd_jax.errors import UserError
 
 SIZES = [
@@ -41,7 +41,7 @@ def to_bytes(image, kind, **options):
 
 
 def pixels(source, size=224):
-    return normalise(resize_and_crop(open_image(source), size))
+    return normalize_pixels(resize_and_crop(open_image(source), size))
 
 
 @pytest.mark.parity
@@ -62,8 +62,8 @@ def test_pixels_are_those_of_hugging_face(rng, size):
 def test_normalise_is_clips(rng):
     picture = rng.integers(0, 256, (5, 4, 3), np.uint8)
     expected = (picture / 255.0 - images.MEAN.astype(np.float64)) / images.STD
-    np.testing.assert_allclose(normalise(picture), expected, atol=2e-6)
-    assert normalise(picture).dtype == np.float32
+    np.testing.assert_allclose(normalize_pixels(picture), expected, atol=2e-6)
+    assert normalize_pixels(picture).dtype == np.float32
 
 
 def test_arrays_and_files_go_the_same_way(rng, tmp_path):

@@ -9,7 +9,7 @@ from tiny import make_assets, tiny_config
 
 from vlkd_jax.configs import suites
 from vlkd_jax.data import shapes
-from vlkd_jax.data.images import normalise, resize_and_crop
+from vlkd_jax.data.images import normalize_pixels, resize_and_crop
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import statistics
@@ -183,7 +183,7 @@ def test_image_tokens_are_of_the_scene_asked_about(runner, start, monkeypatch):
     rows = [runner.vqa(start[1])[1], runner.captions(start[1])[1]]
     for tokens, some in zip(given, rows, strict=True):
         scenes = [shapes.make_scene(suite.seed, suite.split, row["image"]) for row in some]
-        pictures = [normalise(resize_and_crop(shapes.render(scene), predictor.image_size)) for scene in scenes]
+        pictures = [normalize_pixels(resize_and_crop(shapes.render(scene), predictor.image_size)) for scene in scenes]
         np.testing.assert_allclose(tokens, predictor.encode_images(pictures)[0], atol=1e-5)
     assert [row["image"] for row in rows[0]] == [index for index, _, _ in runner.questions]
 

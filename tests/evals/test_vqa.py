@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlkd_jax.evals.vqa import accuracy, exact_match, normalise, plain
+from vlkd_jax.evals.vqa import accuracy, exact_match, normalize_answer, plain
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_accuracy_is_the_mean_over_ten_humans_left_out(rng):
         ("", ""),
     ],
 )
-def test_normalise(text, expected):
-    assert normalise(text) == expected
+def test_normalize_answer(text, expected):
+    assert normalize_answer(text) == expected
 
 
 def test_number_words():
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    assert [normalise(word) for word in words] == [str(k) for k in range(11)]
+    assert [normalize_answer(word) for word in words] == [str(k) for k in range(11)]
 
 
 def test_marks_are_spaces_and_the_others_stay():
@@ -98,7 +98,7 @@ def test_marks_are_spaces_and_the_others_stay():
     marks = ';/[]"{}()=+\\_-><@`,?!'
     for code in set(range(ord("!"), 127)) - {ord(".")}:
         mark = chr(code)
-        assert normalise(f"x{mark}y") == ("x y" if mark in marks else f"x{mark}y".lower())
+        assert normalize_answer(f"x{mark}y") == ("x y" if mark in marks else f"x{mark}y".lower())
 
 
 def test_exact_match_passes_over_case_punctuation_and_articles():

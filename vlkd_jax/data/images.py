@@ -93,6 +93,6 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
+def normalize_pixels(pixels: np.ndarray) -> np.ndarray:
     """uint8 [..., 3] to float32 with CLIP's mean and standard deviation."""
     return pixels * _SCALE - _SHIFT

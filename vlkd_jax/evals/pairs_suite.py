@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.images import normalise, open_image, resize_and_crop
+from vlkd_jax.data.images import normalize_pixels, open_image, resize_and_crop
 from vlkd_jax.data.sources import FolderPairs, read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captions import word_f1
 from vlkd_jax.evals.statistics import interval
-from vlkd_jax.evals.vqa import accuracy
-from vlkd_jax.evals.vqa import normalise as normalise_answer
+from vlkd_jax.evals.vqa import accuracy, normalize_answer
 from vlkd_jax.predict import Predictor
 from vlkd_jax.types import Params
 
@@ -42,7 +41,7 @@ def vqa(suite: ConfigDict, predictor: Predictor, params: Params) -> tuple[dict[s
             "image": item["image"],
             "prompt": suite.question_decoder.format(question=item["question"]),
             "raw": answer,
-            "normalised": normalise_answer(answer),
+            "normalised": normalize_answer(answer),
             "answers": item["answers"],
             "score": accuracy(answer, item["answers"]),
         }
@@ -115,5 +114,5 @@ def captions(suite: ConfigDict, predictor: Predictor, params: Params) -> tuple[d
 
 
 def _image_tokens(predictor: Predictor, paths: list[Path]) -> np.ndarray:
-    pixels = (normalise(resize_and_crop(open_image(path), predictor.image_size)) for path in paths)
+    pixels = (normalize_pixels(resize_and_crop(open_image(path), predictor.image_size)) for path in paths)
     return predictor.encode_images(pixels)[0]

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data import shapes
-from vlkd_jax.data.images import normalise, resize_and_crop
+from vlkd_jax.data.images import normalize_pixels, resize_and_crop
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captions import f1, scene_match
 from vlkd_jax.evals.retention import PROMPT, answer_texts, text_questions
@@ -46,7 +46,7 @@ class ShapesSuite:
         self.questions = list(shapes.question_set(suite.seed, suite.split, suite.questions))
         self.scenes = [shapes.make_scene(suite.seed, suite.split, i) for i in self._scene_indices()]
         size = shapes.IMAGE_SIZE if predictor.image_size is None else predictor.image_size
-        pictures = (normalise(resize_and_crop(shapes.render(scene), size)) for scene in self.scenes)
+        pictures = (normalize_pixels(resize_and_crop(shapes.render(scene), size)) for scene in self.scenes)
         self.tokens, self.embeddings = predictor.encode_images(pictures)
 
     def _scene_indices(self) -> range:

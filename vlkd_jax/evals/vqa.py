@@ -46,7 +46,7 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalise(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """The official script's processing: punctuation, number words, articles, contractions."""
     text = _one_line(answer)
     joined = _COMMA.search(text) is not None
@@ -66,6 +66,6 @@ def accuracy(answer: str, human_answers: Sequence[str]) -> float:
     """
     answers, answer = [_one_line(a) for a in human_answers], _one_line(answer)
     if len(set(answers)) > 1:
-        answers, answer = [normalise(a) for a in answers], normalise(answer)
+        answers, answer = [normalize_answer(a) for a in answers], normalize_answer(answer)
     total = answers.count(answer)
     return sum(min((total - (human == answer)) / 3, 1) for human in answers) / len(answers)

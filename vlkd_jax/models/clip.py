@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
 from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig
-from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, layer_norm
+from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, l2_normalize, layer_norm
 
 # Checkpoints saved before transformers 4.31 carry this wrong end token; there the sentence is pooled at the largest id.
 LEGACY_EOS_TOKEN_ID = 2
@@ -22,12 +22,6 @@ class ClipImageOutput(NamedTuple):
     penultimate: jax.Array  # [B, N, Dv], what the last layer reads
     tokens: jax.Array  # [B, N, E], every token through post layer norm and visual projection
     embedding: jax.Array  # [B, E] float32, L2-normalised projection of the class token
-
-
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """x [..., E] scaled to unit length, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 class ClipMlp(nn.Module):

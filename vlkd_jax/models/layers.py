@@ -43,6 +43,12 @@ Dense = functools.partial(nn.Dense, dot_general=_dot_general)
 """`flax.linen.Dense` with that gradient."""
 
 
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x [..., E] scaled to unit length over its last axis, float32; a zero vector stays zero, its gradient finite."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x * Phi(x), through erf (jax.nn.gelu's erfc costs several times as much on a CPU). Any shape."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # below it, 1 + erf cancels

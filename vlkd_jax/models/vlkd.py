@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlkd_jax.losses import normalise
 from vlkd_jax.models.bart import Bart, join_memory, shift_right
 from vlkd_jax.models.configs import BartConfig
-from vlkd_jax.models.layers import Dense
+from vlkd_jax.models.layers import Dense, l2_normalize
 from vlkd_jax.types import Array
 
 
@@ -74,7 +73,7 @@ class Student(nn.Module):
         position = jnp.sum(mask, -1) - 1 if self.sentence_position == "eos" else jnp.zeros(mask.shape[0], jnp.int32)
         state = jnp.take_along_axis(hidden, position[:, None, None], 1)[:, 0]
         projected = self.sentence_projection(state.astype(jnp.float32))
-        return normalise(projected) if unit else projected
+        return l2_normalize(projected) if unit else projected
 
     def image_prefix(self, tokens: Array) -> Array:
         """Decoder memory [B, N, D] of the teacher's image tokens [B, N, E]."""
