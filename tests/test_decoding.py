@@ -173,11 +173,35 @@ def test_ends(model, rng):
 @pytest.mark.parametrize("token", [BOS, PAD])
 def test_only_the_end_token_ends(model, rng, token):
     """Also where the model would rather say another special token, as an untrained one may."""
-    bart, params = model
-    likely = params["final_logits_bias"] + 100 * (np.arange(params["final_logits_bias"].shape[-1]) == token)
     memory, mask = encode(model, sources(rng, 3))
-    found = greedy((bart, params | {"final_logits_bias": likely}), memory, mask, *padded(prefixes(rng, [0, 2, 4])))
+    found = greedy(likely(model, token), memory, mask, *padded(prefixes(rng, [0, 2, 4])))
     np.testing.assert_array_equal(found, [[token] * (NEW - 1) + [EOS]] * 3)
+
+
+def likely(model, token):
+    """The model with a bias that makes it say `token` always."""
+    bart, params = model
+    bias = params["final_logits_bias"]
+    return bart, params | {"final_logits_bias": bias + 100 * (np.arange(bias.shape[-1]) == token)}
+
+
+@pytest.mark.parametrize(("token", "new", "steps"), [(BOS, 1, 0), (BOS, 2, 1), (BOS, 7, 6), (EOS, 7, 0)])
+def test_no_step_follows_the_last_token(model, rng, monkeypatch, token, new, steps):
+    """The prefill gives the first token, so one step less than tokens; none when every row has ended."""
+    taken, step = [], decoding.step
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: taken.append(1))
+        return step(*arguments)
+
+    monkeypatch.setattr(decoding, "step", counted)
+    memory, mask = encode(model, sources(rng, 3))
+    run = jax.jit(functools.partial(decoding.greedy, model[0], max_new_tokens=new))
+    found = np.asarray(run(likely(model, token)[1], memory, mask, *padded(prefixes(rng, [0, 2, 4]))))
+    jax.effects_barrier()
+    assert len(taken) == steps
+    said = [EOS] + [PAD] * (new - 1) if token == EOS else [token] * (new - 1) + [EOS]
+    np.testing.assert_array_equal(found, [said] * 3)
 
 
 def test_nothing_is_forced_where_nothing_is_configured(model, rng):

@@ -1,4 +1,7 @@
-"""Decoding over BART with a key-value cache: static buffers, one prefill of the forced prefix, one `while_loop`."""
+"""Decoding over BART with a key-value cache: static buffers, one prefill of the forced prefix, then a token at a time.
+
+`prefill` and `step` know BART and its cache; what becomes the next token is decided by the method above them.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,74 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlkd_jax.models.attention import KeyValue
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.types import Array, Params
 
 
-class _State(NamedTuple):
-    """The loop's carry: at `step` k, `ids[:, :k]` are final and `token` [B] is what comes next for rows not `done`."""
+class Memory(NamedTuple):
+    """What every step reads and none changes: cross-attention keys and values [layers, B, M, H, K], mask [B, M]."""
 
-    step: Array
+    cross: KeyValue
+    mask: Array
+
+
+class Written(NamedTuple):
+    """What has been decoded: self-attention cache [layers, B, length, H, K]; next position of each row, int32 [B]."""
+
+    cache: KeyValue
+    position: Array
+
+
+def prefill(
+    bart: Bart, params: Params, memory: Array, memory_mask: Array, prefix: Array, prefix_mask: Array, new_tokens: int
+) -> tuple[Array, Memory, Written]:
+    """Reads the memory and a forced prefix that may differ in length between rows.
+
+    Args:
+      bart, params: module and its parameters.
+      memory: float [B, M, D], what the decoder reads; memory_mask: bool [B, M].
+      prefix: int32 [B, P], decoder tokens from the decoder's start token on; prefix_mask: bool [B, P].
+      new_tokens: how many steps the cache shall have room for.
+
+    Returns:
+      Logits [B, V] float32 of the token after the prefix; what `step` reads, and what it carries on.
+    """
+
+    def call(*args, method: str):
+        return bart.apply({"params": params}, *args, method=method)
+
+    batch, width = prefix.shape
+    length = jnp.sum(prefix_mask, -1)
+    cross = call(memory, method="cross_cache")
+    cache = call(batch, width + new_tokens, method="init_cache")
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    # What padding of the prefix writes is read by no real token: later steps overwrite a slot before they may read it.
+    visible = jnp.arange(width + new_tokens) <= positions[..., None]
+    hidden, cache = call(prefix, positions, cache, cross, memory_mask, visible, method="decode_step")
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)
+    return call(last, method="logits")[:, 0], Memory(cross, memory_mask), Written(cache, length)
+
+
+def step(bart: Bart, params: Params, memory: Memory, written: Written, token: Array) -> tuple[Array, Written]:
+    """Writes token int32 [B] at each row's next position: logits [B, V] float32 of the one after it, and the state."""
+    at = written.position[:, None]
+    visible = jnp.arange(written.cache.key.shape[2]) <= at[..., None]
+    hidden, cache = bart.apply(
+        {"params": params}, token[:, None], at, written.cache, *memory, visible, method="decode_step"
+    )
+    logits = bart.apply({"params": params}, hidden, method="logits")[:, 0]
+    return logits, Written(cache, written.position + 1)
+
+
+class _State(NamedTuple):
+    """The loop's carry: `ids[:, :count]` are decided, `token` [B] is the last of them, rows that ended are `done`."""
+
+    count: Array
     token: Array
     ids: Array
     done: Array
-    cache: object
+    written: Written
 
 
 def greedy(
@@ -30,50 +89,36 @@ def greedy(
     prefix_mask: Array,
     max_new_tokens: int,
 ) -> Array:
-    """The most likely next token, again and again, after a forced prefix that may differ in length between rows.
+    """The most likely next token, again and again, after a forced prefix; arguments as in `prefill`.
 
     Args:
-      bart, params: module and its parameters.
-      memory: float [B, M, D], what the decoder reads; memory_mask: bool [B, M].
-      prefix: int32 [B, P], forced decoder tokens from the decoder's start token on; prefix_mask: bool [B, P].
       max_new_tokens: the last of them is `</s>` if the row has not ended before, as Hugging Face forces it.
 
     Returns:
       int32 [B, max_new_tokens]: the new tokens, `</s>` included, then padding.
     """
-    config = bart.config
+    config, batch = bart.config, prefix.shape[0]
 
-    def call(*args, method: str):
-        return bart.apply({"params": params}, *args, method=method)
-
-    batch, width = prefix.shape
-    length = jnp.sum(prefix_mask, -1)
-    slots = jnp.arange(width + max_new_tokens)
-    cross = call(memory, method="cross_cache")
-    cache = call(batch, width + max_new_tokens, method="init_cache")
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    # What padding of the prefix writes is read by no real token: later steps overwrite a slot before they may read it.
-    visible = slots[None, None, :] <= positions[..., None]
-    hidden, cache = call(prefix, positions, cache, cross, memory_mask, visible, method="decode_step")
-    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)
-    token = jnp.argmax(call(last, method="logits")[:, 0], -1).astype(jnp.int32)
-
-    def cond(state: _State) -> Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-    def body(state: _State) -> _State:
-        token = state.token
+    def choose(logits: Array, count: Array, done: Array) -> Array:
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
         if config.forced_eos_token_id is not None:
-            token = jnp.where(state.step == max_new_tokens - 1, config.forced_eos_token_id, token)
-        token = jnp.where(state.done, config.pad_token_id, token)
-        ids = state.ids.at[:, state.step].set(token)
-        done = state.done | (token == config.eos_token_id)
-        at = (length + state.step)[:, None]
-        seen = slots[None, None, :] <= at[..., None]
-        hidden, cache = call(token[:, None], at, state.cache, cross, memory_mask, seen, method="decode_step")
-        token = jnp.argmax(call(hidden, method="logits")[:, 0], -1).astype(jnp.int32)
-        return _State(state.step + 1, token, ids, done, cache)
+            token = jnp.where(count == max_new_tokens - 1, config.forced_eos_token_id, token)
+        return jnp.where(done, config.pad_token_id, token)
 
+    def add(logits: Array, state: _State, written: Written) -> _State:
+        token = choose(logits, state.count, state.done)
+        ids = state.ids.at[:, state.count].set(token)
+        return _State(state.count + 1, token, ids, state.done | (token == config.eos_token_id), written)
+
+    def go_on(state: _State) -> Array:
+        return (state.count < max_new_tokens) & ~jnp.all(state.done)
+
+    def decode(state: _State) -> _State:
+        logits, written = step(bart, params, reads, state.written, state.token)
+        return add(logits, state, written)
+
+    logits, reads, written = prefill(bart, params, memory, memory_mask, prefix, prefix_mask, max_new_tokens)
     ids = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32)
-    start = _State(jnp.int32(0), token, ids, jnp.zeros(batch, bool), cache)
-    return jax.lax.while_loop(cond, body, start).ids
+    nothing = _State(jnp.int32(0), ids[:, 0], ids, jnp.zeros(batch, bool), written)
+    # the first token needs no step of its own, and after the last one there is none
+    return jax.lax.while_loop(go_on, decode, add(logits, nothing, written)).ids

@@ -110,14 +110,14 @@ def _read_json(path: pathlib.Path) -> Any:
 class _Tensors:
     """The tensors of a directory by name, read one at a time; what is never taken is left in `files`."""
 
-    def __init__(self, directory: pathlib.Path, normalise: Callable[[str], str] = str):
+    def __init__(self, directory: pathlib.Path, canonical: Callable[[str], str] = str):
         self.directory = directory
         self.opened: dict[str, Any] = {}
         self.files: dict[str, tuple[str, str]] = {}  # name -> (file, name in the file)
         for file in _weight_files(directory):
             self.opened[file] = _open(directory / file)
             for stored in self.opened[file].keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                name = normalise(stored)
+                name = canonical(stored)
                 if name in self.files:
                     other = "/".join(self.files[name])
                     raise UserError(f"{directory / file}: {stored} is the same tensor as {other}; keep one of the two")
