@@ -9,10 +9,8 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from PIL import Image
-from tiny import ROOT, arguments, command_line, environment, tiny_config
+from tiny import ROOT, arguments, command_line, environment, tiny_config, write_pictures
 
-from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.workdir import claim
 
 WEIGHTS = "model.safetensors"
@@ -54,17 +52,9 @@ def one_more_word(directory):
 
 
 def folder(place, name, lines):
-    """A folder of eight pictures with captions.tsv holding their lines and `lines`; returns (directory, overrides).
-
-    One is held out: with a line more, the first batch of eight holds all the others, so what is wrong comes up at once.
-    """
+    """A folder of eight pictures with captions.tsv holding their lines and `lines`; returns (directory, overrides)."""
     directory = place / name
-    directory.mkdir()
-    pairs = []
-    for i in range(8):
-        record = ShapesPairs(0, "train")[i]
-        Image.fromarray(record.image).save(directory / f"{i}.png")
-        pairs.append(f"{i}.png\t{record.text}")
+    pairs = write_pictures(directory, 8)
     (directory / "captions.tsv").write_text("\n".join([*pairs, *lines]) + "\n")
     changes = {"data.source": "folder", "data.captions": str(directory / "captions.tsv"), "data.images": str(directory)}
     return directory, changes | {"data.validation_every": 13}

@@ -176,6 +176,10 @@ def test_installed_a_users_own_config(running):
     [
         (["train", "--config=shapes_vlk", "--workdir=x"], "did you mean --config=shapes_vlkd, which"),
         (["evaluate", "--config=suites:shapes", "--workdir=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
+        (
+            ["evaluate", "--config=suites:vqav2", "--workdir=x", "--checkpoint=y", "--config.vqav2.images=z"],
+            "to be set: --config.vqav2.questions=..., --config.vqav2.annotations=...",
+        ),
         (["demo", "--workdir=/dev/null/x"], "/dev/null/x: cannot be used as --workdir"),
     ],
 )

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
-from tiny import tiny_config
+from tiny import tiny_config, write_pictures
 
-from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.errors import UserError
 from vlkd_jax.evaluate import load_run
 from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, record_inputs, with_absolute_paths
@@ -130,17 +128,11 @@ def test_shipped_models_have_hashes_and_no_path():
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):
-    """A folder run started with relative paths from one directory: (its place, that directory)."""
+    """The directory from which a run was started with relative paths; `run` there is its workdir."""
     place = tmp_path_factory.mktemp("trained")
     for name in ("clip", "bart"):
         shutil.copytree(assets / name, place / name)
-    (place / "images").mkdir()
-    lines = []
-    for i in range(12):
-        record = ShapesPairs(0, "train")[i]
-        Image.fromarray(record.image).save(place / "images" / f"{i}.png")
-        lines.append(f"{i}.png\t{record.text}\n")
-    (place / "captions.tsv").write_text("".join(lines))
+    (place / "captions.tsv").write_text("\n".join(write_pictures(place / "images", 12)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         train(relative_config(steps=1), "run")

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vlkd_jax.configs import base
 from vlkd_jax.data.sources import ShapesPairs, ShapesTexts
@@ -43,6 +44,17 @@ def make_assets(parent: Path) -> Path:
     bart = BartConfig(vocab_size, WIDTH, 2, 2, 2, 2, 48, 48, POSITIONS)
     save_bart(directory / "bart", bart, jax.jit(Bart(bart).init)(key, ids, ids == 0, ids)["params"])
     return directory
+
+
+def write_pictures(directory: Path, count: int) -> list[str]:
+    """Writes the built-in world's first training pictures to `directory`; their lines of a captions.tsv."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        record = ShapesPairs(0, "train")[i]
+        Image.fromarray(record.image).save(directory / f"{i}.png")
+        lines.append(f"{i}.png\t{record.text}")
+    return lines
 
 
 def options(assets: Path) -> dict:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from vlkd_jax.configs import base
 from vlkd_jax.errors import UserError
 
 BUILTIN = "builtin:"
@@ -64,8 +65,6 @@ def model_directory(name: str) -> Path:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration as it was written, with the default of every field that did not exist then."""
-    from vlkd_jax.configs import base
-
     return _filled(base.get_config().to_dict(), values)
 
 

@@ -58,6 +58,13 @@ def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]
     return config, dataclasses.replace(objective, params=objective.params | set_at_start), state.params, step
 
 
+def check_suites(suites: ConfigDict) -> None:
+    """Raises UserError naming the fields of the chosen suites that have no value yet, such as the file of questions."""
+    empty = [f"config.{name}.{field}" for name in suites.suites for field, value in suites[name].items() if value == ""]
+    if empty:
+        raise UserError(f"to be set: {', '.join(f'--{field}=...' for field in empty)}")
+
+
 def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Params, workdir: Path) -> dict[str, Any]:
     """Runs every suite of `suites.suites`; writes each one's predictions and returns the metrics by suite."""
     results: dict[str, Any] = {}
@@ -117,6 +124,7 @@ def main() -> None:
     suites = flags.FLAGS.config
     if "suites" not in suites:
         raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
+    check_suites(suites)
     config, objective, params, step = load_run(flags.FLAGS.checkpoint)
     if objective.teacher is None:
         raise UserError(

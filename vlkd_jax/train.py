@@ -25,7 +25,7 @@ from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
-from vlkd_jax.data.streams import text_lengths, train_stream
+from vlkd_jax.data.streams import text_lengths, train_sources, train_stream
 from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
@@ -213,7 +213,8 @@ class _Loop:
             f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
         )
         say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
-        for line in text_lengths(config, self.objective):
+        sources = train_sources(config)
+        for line in text_lengths(config, self.objective, sources):
             say(line)
         progress = Progress(config.steps, config.batch_size, start)
         if start == 0:
@@ -221,7 +222,7 @@ class _Loop:
             if self.early_stop.metric:
                 self.checkpoints.save(0, state, self._meta())
         guard = NanGuard(config.nan_limit)
-        stream = train_stream(config, self.objective, start, self.unusable)
+        stream = train_stream(config, self.objective, start, self.unusable, sources)
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
             # returns at once: while the device runs this step, the next batch is read and put there
             state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)))

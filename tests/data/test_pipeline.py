@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import tiny_config, write_pictures
 
 from vlkd_jax.configs import base
 from vlkd_jax.data import shapes
@@ -321,13 +321,7 @@ def test_the_share_of_bad_records(monkeypatch):
 
 def folder_config(assets, tmp_path, **changes):
     """A config on a folder of 40 pictures with their captions, and a file of texts."""
-    (tmp_path / "images").mkdir()
-    lines = []
-    for i in range(40):
-        record = ShapesPairs(0, "train")[i]
-        Image.fromarray(record.image).save(tmp_path / "images" / f"{i}.png")
-        lines.append(f"{i}.png\t{record.text}")
-    (tmp_path / "captions.tsv").write_text("\n".join(lines))
+    (tmp_path / "captions.tsv").write_text("\n".join(write_pictures(tmp_path / "images", 40)))
     (tmp_path / "texts.txt").write_text("\n".join(f"question: is it {i}? answer: yes" for i in range(30)))
     folder = {
         "data__source": "folder",

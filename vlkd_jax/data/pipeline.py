@@ -1,4 +1,4 @@
-"""From records to batches with Grain: shuffled, corrupted and padded as a pure function of (seed, step)."""
+"""From records to batches with Grain: a pure function of (seed, step), bad records replaced by others and counted."""
 
 from __future__ import annotations
 
@@ -169,7 +169,12 @@ class UnusableRecords:
             )
 
     def __str__(self) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+        return counted(self.reasons)
+
+
+def counted(reasons: Counter[str]) -> str:
+    """`image not found 3, caption empty 1`."""
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 def batches(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
+from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches, counted
 from vlkd_jax.data.sources import (
     WORLD_SIZE,
     CaptionTexts,
@@ -66,13 +67,29 @@ def make_text_source(config: ConfigDict, split: str):
     return Subset(TextLines(replay), split == "validation", config.data.validation_every)
 
 
+def train_sources(config: ConfigDict) -> tuple[Any, Any]:
+    """The records that training reads: pairs (or texts), and the texts mixed in beside them, None where there are none.
+
+    Raises:
+      UserError: as `make_source`.
+    """
+    mixes_texts = config.objective == "vlkd" and config.loss.text
+    return make_source(config, "train"), make_text_source(config, "train") if mixes_texts else None
+
+
 def train_stream(
-    config: ConfigDict, objective: Objective, start: int, unusable: UnusableRecords | None = None
+    config: ConfigDict,
+    objective: Objective,
+    start: int,
+    unusable: UnusableRecords | None = None,
+    sources: tuple[Any, Any] | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches from step `start` on, with `replay` in them where the config mixes texts in.
 
-    `unusable` counts the records that are passed over; default: a count of its own.
+    `unusable` counts the records that are passed over; default: a count of its own. `sources` are those of
+    `train_sources` where they have been read already.
     """
+    pairs, replay = train_sources(config) if sources is None else sources
     unusable = UnusableRecords(config.data.max_unusable) if unusable is None else unusable
     options = {
         "batch_size": config.batch_size,
@@ -84,31 +101,29 @@ def train_stream(
         "threads": config.data.threads,
         "unusable": unusable,
     }
-    stream = batches(make_source(config, "train"), objective.encoder, **options)
-    if not _mixes_texts(config):
+    stream = batches(pairs, objective.encoder, **options)
+    if replay is None:
         return stream
     # of one seed with the pairs, the captions of a folder would come in the pairs' order with the pairs' corruption
     options |= {"seed": derived_seed(config.seed, "replay"), "shuffle": True}
-    texts = batches(make_text_source(config, "train"), objective.replay_encoder, **options)
+    texts = batches(replay, objective.replay_encoder, **options)
     return (pair.replace(replay=text.replace(index=None)) for pair, text in zip(stream, texts, strict=True))
 
 
-def _mixes_texts(config: ConfigDict) -> bool:
-    return config.objective == "vlkd" and bool(config.loss.text)
-
-
-def text_lengths(config: ConfigDict, objective: Objective) -> list[str]:
-    """A line for each of the user's own training sources: how many records, how long their texts are in tokens.
+def text_lengths(config: ConfigDict, objective: Objective, sources: tuple[Any, Any]) -> list[str]:
+    """A line for each of the user's own `train_sources`: how many records, how long their texts are in tokens.
 
     Looks at `LENGTHS_OF` records, evenly spread, at most. The built-in world's are left out: they fit.
 
     Raises:
       UserError: more records than `config.data.max_unusable` allows cannot be used, texts that are too long among them.
     """
-    sources = {"pairs": (make_source(config, "train"), objective.encoder)}
-    if _mixes_texts(config):
-        sources["replayed texts"] = (make_text_source(config, "train"), objective.replay_encoder)
-    return [_told_lengths(config, name, *pair) for name, pair in sources.items() if len(pair[0]) < WORLD_SIZE]
+    names, encoders = ("pairs", "replayed texts"), (objective.encoder, objective.replay_encoder)
+    return [
+        _told_lengths(config, name, source, encode)
+        for name, source, encode in zip(names, sources, encoders, strict=True)
+        if source is not None and len(source) < WORLD_SIZE
+    ]
 
 
 def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str:
@@ -131,8 +146,7 @@ def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str
         told = f"median {middle}, 99% up to {most}, longest {tokens.max()}, room for {limit}"
         parts.append(f"{vocabulary} tokens: {told}")
     if faults:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(e.reason for e in faults).most_common())
-        parts.append(f"passed over: {reasons}")
+        parts.append(f"passed over: {counted(Counter(e.reason for e in faults))}")
     return "; ".join(parts)
 
 
