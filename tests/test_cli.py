@@ -178,7 +178,7 @@ def test_installed_a_users_own_config(running):
         (["evaluate", "--config=suites:shapes", "--workdir=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
         (
             ["evaluate", "--config=suites:vqav2", "--workdir=x", "--checkpoint=y", "--config.vqav2.images=z"],
-            "to be set: --config.vqav2.questions=..., --config.vqav2.annotations=...",
+            "to be set: --config.vqav2.annotations=..., --config.vqav2.questions=...",
         ),
         (["demo", "--workdir=/dev/null/x"], "/dev/null/x: cannot be used as --workdir"),
     ],
