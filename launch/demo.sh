@@ -42,4 +42,4 @@ done
 
 vlkd_setup runtime
 cd "$VLKD_ROOT"
-exec "$VLKD_PYTHON" -m vlkd_jax.demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS"
+exec "$VLKD_PYTHON" -m vlkd_jax.shapes.demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS"

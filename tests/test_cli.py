@@ -66,7 +66,7 @@ def test_a_command_runs_its_module_as_main(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vlkd"])
     cli.main([command, "--workdir=x", "--seed=1"])
     [(name, options, argv)] = calls
-    assert (name, options["run_name"]) == (f"vlkd_jax.{command}", "__main__")
+    assert (name, options["run_name"]) == (cli.MODULES[command], "__main__")
     assert argv[1:] == ["--workdir=x", "--seed=1"]
 
 
@@ -204,7 +204,7 @@ def test_a_wheel_holds_all_that_runs_need(from_wheel):
 def test_the_demo_of_a_wheel_starts(from_wheel):
     """Up to its training, with few questions: the models were read and the student evaluated by then."""
     code = (
-        "from vlkd_jax import demo, entry; from vlkd_jax.configs import suites; "
+        "from vlkd_jax import entry; from vlkd_jax.shapes import demo; from vlkd_jax.configs import suites; "
         "small = dict(questions=7, captions=2, retrieval=2, text_questions=7); "
         "[suites.SUITES[name].update(small) for name in demo.SUITES]; "
         "entry.run(demo.main, demo.define_flags)"

@@ -11,11 +11,11 @@ from conftest import bart_config
 from tiny import make_assets, tiny_config
 
 from vlkd_jax import decoding
-from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.distill import make_objective
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes.sources import ShapesPairs
 
 START, BOS, PAD, EOS = 2, 0, 1, 2
 NEW = 12

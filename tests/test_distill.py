@@ -15,13 +15,13 @@ from tiny import JOINT, WIDTH, tiny_config
 
 from vlkd_jax import losses
 from vlkd_jax.data.pipeline import batches
-from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.distill import HIDDEN, make_objective, make_train_step, teacher_outputs
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.save import save_bart
 from vlkd_jax.models.layers import l2_normalize
 from vlkd_jax.optim import LINEARS, count_parameters, decayed, groups, make_optimizer, schedule
+from vlkd_jax.shapes.sources import ShapesPairs
 from vlkd_jax.types import Batch, TrainState
 
 MIXED = {"loss__text": 0.5, "loss__l2": 0.1}

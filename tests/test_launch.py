@@ -128,7 +128,7 @@ def test_set_up_once_then_run(checkout):
     installs = [line.split(" install ")[1] for line in made if " pip install " in line]
     assert [f"-r {checkout}/requirements.lock" in install for install in installs] == [True, False]
     assert f"--editable {checkout}" in installs[1]
-    demo = re.escape(f"{python} -m vlkd_jax.demo --workdir={checkout.parent}/out put --seed=3 --setup_seconds=")
+    demo = re.escape(f"{python} -m vlkd_jax.shapes.demo --workdir={checkout.parent}/out put --seed=3 --setup_seconds=")
     assert re.fullmatch(demo + r"\d+", made[-1])
 
     assert set_up(checkout).stdout == ""

@@ -22,10 +22,10 @@ from vlkd_jax import entry
 from vlkd_jax import train as module
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data import streams
-from vlkd_jax.data.sources import ShapesPairs
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
+from vlkd_jax.shapes.sources import ShapesPairs
 from vlkd_jax.train import STOPPED, NanGuard, check_config, train
 
 MIXED = {"loss__text": 0.5, "loss__l2": 0.1, "dropout": 0.1, "data__context_length": 0}

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlkd_jax.configs import base
-from vlkd_jax.data.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
-from vlkd_jax.shapes_models import train_bart_tokenizer, train_clip_tokenizer
+from vlkd_jax.shapes.make_models import train_bart_tokenizer, train_clip_tokenizer
+from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
 IMAGE_SIZE, PATCH, WIDTH, JOINT = 24, 12, 32, 24
 POSITIONS = 64

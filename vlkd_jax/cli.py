@@ -67,6 +67,8 @@ example: vlkd demo --workdir=runs/demo --seed=1
 """,
 }
 
+MODULES = {"train": "vlkd_jax.train", "evaluate": "vlkd_jax.evaluate", "demo": "vlkd_jax.shapes.demo"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command with the arguments after its name; leaves with exit code 2 on an unknown one or none.
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(COMMANDS[command], end="")
     else:
         sys.argv = [f"vlkd {command}", *rest]
-        runpy.run_module(f"vlkd_jax.{command}", run_name="__main__", alter_sys=True)
+        runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
 
 
 def _version() -> str:

@@ -25,11 +25,11 @@ from vlkd_jax.data.sources import read_json
 from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import pairs_suite
-from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.identity import check_inputs, hash_inputs
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes.suite import ShapesSuite
 from vlkd_jax.train import start_state
 from vlkd_jax.types import Params
 from vlkd_jax.workdir import CONFIG_FILE, output_directory, write_atomic

@@ -11,15 +11,16 @@ from PIL import Image
 from tiny import tiny_config, write_pictures
 
 from vlkd_jax.configs import base
-from vlkd_jax.data import shapes
 from vlkd_jax.data.pipeline import Corruption, Encoder, UnusableRecords, batches
-from vlkd_jax.data.shapes import SPLITS
-from vlkd_jax.data.sources import Record, ShapesPairs, ShapesTexts, Subset, TextLines
+from vlkd_jax.data.sources import Record, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.models.configs import ClipTextConfig
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
+from vlkd_jax.shapes.world import SPLITS
 from vlkd_jax.types import Batch
 
 
@@ -432,7 +433,7 @@ def test_no_question_steers_a_run(assets):
 def test_pairs_cannot_ask(monkeypatch):
     """The source of pairs works with the question functions torn out."""
     for name in ("ask", "question_set", "_ask_existence", "_ask_relation", "Question"):
-        monkeypatch.delattr(shapes, name)
+        monkeypatch.delattr(world, name)
     assert ShapesPairs(0, "train")[0].image is not None
     with pytest.raises(AttributeError):
         [ShapesTexts(0, "train")[i] for i in range(40)]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlkd_jax.data import shapes
 from vlkd_jax.data.pipeline import Encoder, batches
-from vlkd_jax.data.sources import FolderPairs, ShapesPairs, ShapesTexts, Subset, TextLines
+from vlkd_jax.data.sources import FolderPairs, Subset, TextLines
 from vlkd_jax.data.text import BartText
 from vlkd_jax.evals.captions import scene_match
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
 
 def is_corrupted(source, text, mask):
@@ -65,7 +66,7 @@ def test_every_field_of_a_row_is_of_its_record(assets, threads):
 def test_captions_of_the_world_are_of_their_scene(split):
     source = ShapesPairs(5, split, twins=2, complete=1.0)
     for index in range(60):
-        scene = shapes.make_scene(5, split, index, 2)
+        scene = world.make_scene(5, split, index, 2)
         assert scene_match(source[index].text, scene)[0]
         assert not scene_match(source[index ^ 1].text, scene)[0]
 

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlkd_jax.data import shapes
-from vlkd_jax.data.sources import (
-    CaptionTexts,
-    FolderPairs,
-    ShapesPairs,
-    ShapesTexts,
-    Subset,
-    TextLines,
-    read_json,
-)
+from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, read_json
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
 PAIRS = [("a.png", "a red circle"), ("sub/b.jpg", "two  dogs\tand \u2028 a café"), ("a.png", "the circle again")]
 ONE_LINE = [(image, " ".join(text.split())) for image, text in PAIRS]
@@ -239,8 +232,8 @@ def test_pairs_of_the_world(split):
     source = ShapesPairs(5, split, twins=4, complete=0.8)
     for index in range(60):
         record, again = source[index], source[index]
-        scene = shapes.make_scene(5, split, index, twins=4)
-        np.testing.assert_array_equal(record.image, shapes.render(scene))
+        scene = world.make_scene(5, split, index, twins=4)
+        np.testing.assert_array_equal(record.image, world.render(scene))
         np.testing.assert_array_equal(record.image, again.image)
         assert record.text == again.text and not (record.context or record.prompt)
         assert "?" not in record.text and "question" not in record.text and "answer" not in record.text
@@ -258,8 +251,8 @@ def test_texts_of_the_world():
     for record in asked:
         prompt, answer = record.text.rsplit(" answer: ", 1)
         assert record.prompt == f"{prompt} answer:" and record.context
-        if answer in shapes.COLORS or answer in shapes.SHAPES or answer in shapes.RADII or answer in shapes.POSITIONS:
+        if answer in world.COLORS or answer in world.SHAPES or answer in world.RADII or answer in world.POSITIONS:
             assert answer in record.context
     texts = " ".join(r.text + " " + r.context for r in records)
-    assert not any(" ".join(kind) in " ".join(r.context for r in records) for kind in shapes.HELD_OUT)
-    assert all(word in texts for word in (*shapes.COLORS, *shapes.SHAPES))
+    assert not any(" ".join(kind) in " ".join(r.context for r in records) for kind in world.HELD_OUT)
+    assert all(word in texts for word in (*world.COLORS, *world.SHAPES))

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from vlkd_jax.data import shapes
 from vlkd_jax.evals.captions import f1, scene_match, word_f1
+from vlkd_jax.shapes import world
 
 
 def best_pairing(said, true):
@@ -46,7 +46,7 @@ def damaged(rng, scene):
 
 def test_scene_match_equals_brute_force(rng):
     for index in range(200):
-        scene = shapes.make_scene(1, "test", index)
+        scene = world.make_scene(1, "test", index)
         said, true = damaged(rng, scene), [thing.attributes for thing in scene.things]
         exact, right, count, total = scene_match(tell(said), scene)
         assert right == best_pairing(said, true)
@@ -61,8 +61,8 @@ def test_a_complete_caption_of_the_world_is_exact(seed):
     """In the forms that name an object before its place, as every caption does that begins with "a picture of"."""
     checked = 0
     for index in range(60):
-        scene = shapes.make_scene(seed, "test", index)
-        said = shapes.caption(scene, shapes.generator(seed, "test", index, 7), complete=1.0)
+        scene = world.make_scene(seed, "test", index)
+        said = world.caption(scene, world.generator(seed, "test", index, 7), complete=1.0)
         if not said.startswith("at "):
             checked += 1
             assert scene_match(said, scene) == (True, *[4 * len(scene.things)] * 3)
@@ -70,7 +70,7 @@ def test_a_complete_caption_of_the_world_is_exact(seed):
 
 
 def test_order_does_not_matter_and_repetition_costs():
-    scene = next(s for s in (shapes.make_scene(0, "test", i) for i in range(50)) if len(s.things) == 3)
+    scene = next(s for s in (world.make_scene(0, "test", i) for i in range(50)) if len(s.things) == 3)
     objects = [thing.attributes for thing in scene.things]
     assert scene_match(tell(objects[::-1]), scene) == (True, 12, 12, 12)
     assert scene_match(tell([*objects, objects[0]]), scene) == (False, 12, 16, 12)
@@ -78,13 +78,13 @@ def test_order_does_not_matter_and_repetition_costs():
 
 
 def test_a_caption_without_objects():
-    scene = shapes.make_scene(0, "test", 0)
+    scene = world.make_scene(0, "test", 0)
     for text in ("", "nothing to see", "red large at top left"):
         assert scene_match(text, scene) == (False, 0, 0, 4 * len(scene.things))
 
 
 def test_a_long_stammer_is_scored_and_not_exact():
-    scene = shapes.make_scene(0, "test", 0)
+    scene = world.make_scene(0, "test", 0)
     exact, right, said, total = scene_match("a ring " * 30, scene)
     assert (exact, said, total) == (False, 30, 4 * len(scene.things))
     assert right <= len(scene.things)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vlkd_jax.data import shapes
 from vlkd_jax.data.text import BartText
 from vlkd_jax.evals.retention import answer_texts, mean_terms, text_questions, without_dropout
+from vlkd_jax.shapes import world
 from vlkd_jax.types import Batch
 
 COUNT = 40
@@ -28,10 +28,10 @@ def test_means_are_over_what_is_counted_not_over_batches(rng):
 def test_descriptions_are_of_the_scene_that_is_asked_about():
     """A description names every attribute of its scene, and the answer follows from that scene."""
     items = text_questions(5, "validation", COUNT)
-    asked = list(shapes.question_set(5, "validation", COUNT))
+    asked = list(world.question_set(5, "validation", COUNT))
     assert [question for _, question in items] == [question for _, _, question in asked]
     for (description, _), (index, _, _) in zip(items, asked, strict=True):
-        scene = shapes.make_scene(5, "validation", index)
+        scene = world.make_scene(5, "validation", index)
         assert all(word in description for thing in scene.things for word in thing.attributes)
     assert len({description for description, _ in items}) > COUNT / 3
 

@@ -1,4 +1,4 @@
-"""Where records come from: the built-in world, a user's folder, a file of texts. Random access, so order is arithmetic.
+"""Where records come from: a user's folder, a file of texts. Random access, so that order is arithmetic.
 
 A source has `__len__` and `__getitem__(index) -> Record`; a record is a function of its index alone.
 """
@@ -15,12 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vlkd_jax.data import shapes
 from vlkd_jax.data.images import check_header
 from vlkd_jax.errors import RecordError, UserError
-
-WORLD_SIZE = 1 << 31
-"""The built-in world draws scenes on the fly; this is only how many different indices it has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,51 +36,6 @@ class Record:
     context: str = ""
     prompt: str | None = None
     name: str = ""
-
-
-class ShapesPairs:
-    """Picture and caption of the built-in world. There is no question and no answer here."""
-
-    def __init__(self, seed: int, split: str, twins: int = 1, complete: float = 0.0):
-        self.seed, self.split, self.twins, self.complete = seed, split, twins, complete
-
-    def __len__(self) -> int:
-        return WORLD_SIZE
-
-    def __getitem__(self, index: int) -> Record:
-        scene = shapes.make_scene(self.seed, self.split, index, self.twins)
-        text = shapes.caption(scene, shapes.generator(self.seed, self.split, index, 3), self.complete)
-        return Record(text, shapes.render(scene), name=f"shapes {self.split} {index}")
-
-
-class ShapesTexts:
-    """Texts of the built-in world, never a picture: descriptions, and questions with answers about a description.
-
-    One in twenty is a caption alone, three are captions beside a full description of the same scene, the rest questions
-    with their answer beside a full description; what has to be read to answer is always in the context.
-    """
-
-    def __init__(self, seed: int, split: str):
-        self.seed, self.split = seed, split
-
-    def __len__(self) -> int:
-        return WORLD_SIZE
-
-    def __getitem__(self, index: int) -> Record:
-        scene = shapes.make_scene(self.seed, self.split, index)
-        rng = shapes.generator(self.seed, self.split, index, 4)
-        name = f"shapes text {self.split} {index}"
-        part = rng.random()
-        if part < 0.05:
-            return Record(shapes.caption(scene, rng), name=name)
-        context = shapes.caption(scene, rng, complete=1.0)
-        if part < 0.2:
-            return Record(shapes.caption(scene, rng), context=context, name=name)
-        question = None
-        while question is None:
-            question = shapes.ask(scene, shapes.QUESTION_TYPES[int(rng.integers(len(shapes.QUESTION_TYPES)))], rng)
-        prompt = f"question: {question.question} answer:"
-        return Record(f"{prompt} {question.answer}", context=context, prompt=prompt, name=name)
 
 
 class TextLines:

@@ -12,18 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches, counted
-from vlkd_jax.data.sources import (
-    WORLD_SIZE,
-    CaptionTexts,
-    FolderPairs,
-    ShapesPairs,
-    ShapesTexts,
-    Subset,
-    TextLines,
-    raise_if_too_many,
-)
+from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, raise_if_too_many
 from vlkd_jax.distill import Objective
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.shapes.sources import WORLD_SIZE, ShapesPairs, ShapesTexts
 from vlkd_jax.types import Batch
 
 LENGTHS_OF = 20_000

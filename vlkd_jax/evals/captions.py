@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from vlkd_jax.data.shapes import Scene, parse_caption
 from vlkd_jax.evals.vqa import plain
+from vlkd_jax.shapes.world import Scene, parse_caption
 
 
 def scene_match(caption: str, scene: Scene) -> tuple[bool, int, int, int]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from vlkd_jax.data import shapes
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes import world
 from vlkd_jax.types import Batch, Params
 
 PROMPT = "question: {question} answer:"
@@ -38,11 +38,11 @@ def _deterministic(terms: Callable, params: Params, frozen, batch: Batch):
     return terms(params, frozen, batch, None)
 
 
-def text_questions(seed: int, split: str, count: int) -> list[tuple[str, shapes.Question]]:
+def text_questions(seed: int, split: str, count: int) -> list[tuple[str, world.Question]]:
     """(full description, question) pairs of the built-in world, the types in turn; nothing is drawn."""
     return [
-        (shapes.caption(scene, shapes.generator(seed, split, index, 5), complete=1.0), question)
-        for index, scene, question in shapes.question_set(seed, split, count)
+        (world.caption(scene, world.generator(seed, split, index, 5), complete=1.0), question)
+        for index, scene, question in world.question_set(seed, split, count)
     ]
 
 

@@ -1,1 +1,1 @@
-"""The built-in world; `models/` holds its CLIP and BART as Hugging Face directories."""
+"""The built-in world: scenes and texts, its suite, demo and report; `models/` holds its CLIP and BART."""

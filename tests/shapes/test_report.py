@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from vlkd_jax.configs import suites
-from vlkd_jax.data import shapes
-from vlkd_jax.demo import _summary
 from vlkd_jax.evals import plots, statistics
-from vlkd_jax.evals.report import write_report
-from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.evaluate import circumstances
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.demo import _summary
+from vlkd_jax.shapes.report import write_report
+from vlkd_jax.shapes.suite import ShapesSuite
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +43,8 @@ class Replies:
 
     def __init__(self, suite, reply):
         self.reply = reply
-        self.answers = [q.answer for _, _, q in shapes.question_set(suite.seed, suite.split, suite.questions)]
-        self.scenes = [shapes.make_scene(suite.seed, suite.split, k) for k in range(suite.captions)]
+        self.answers = [q.answer for _, _, q in world.question_set(suite.seed, suite.split, suite.questions)]
+        self.scenes = [world.make_scene(suite.seed, suite.split, k) for k in range(suite.captions)]
 
     def encode_images(self, pictures):
         self.count = len(list(pictures))
@@ -190,12 +190,12 @@ def test_figures_are_those_given(whole):
 
 def test_right_and_wrong_examples_are_marked_in_words(whole):
     text, _ = whole
-    assert text.count("✓ right</p>") == text.count("✗ wrong</p>") == len(shapes.QUESTION_TYPES)
+    assert text.count("✓ right</p>") == text.count("✗ wrong</p>") == len(world.QUESTION_TYPES)
     assert text.count("✓ right in every detail</p>") == text.count("✗ wrong: attribute F1") == 4
     assert "Picked by rule" in text
     assert "an object whose size, color and shape no training picture combined" in text
     suite = small_suite()
-    _, _, first = next(shapes.question_set(suite.seed, suite.split, 1))
+    _, _, first = next(world.question_set(suite.seed, suite.split, 1))
     assert f"“{first.question}”" in text  # the sample beside the introduction
 
 
@@ -227,11 +227,11 @@ def test_empty_answers_are_told(tmp_path, no_drawing):
 def test_no_wrong_answers_and_no_right_ones(tmp_path, no_drawing):
     text, _ = build(tmp_path, lambda task, k, truth: truth)
     assert "✗" not in text
-    assert text.count("No question of this type was answered wrong.") == len(shapes.QUESTION_TYPES)
+    assert text.count("No question of this type was answered wrong.") == len(world.QUESTION_TYPES)
     assert "No caption was wrong." in text
     text, _ = build(tmp_path, lambda task, k, truth: "mu")
     assert "✓" not in text
-    assert text.count("No question of this type was answered right.") == len(shapes.QUESTION_TYPES)
+    assert text.count("No question of this type was answered right.") == len(world.QUESTION_TYPES)
 
 
 def test_metrics_without_held_out_figures(tmp_path):

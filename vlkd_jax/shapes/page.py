@@ -1,4 +1,4 @@
-"""The fixed part of the report: its words and its style. `vlkd_jax.evals.report` fills the `$names` in."""
+"""The fixed part of the report: its words and its style. `vlkd_jax.shapes.report` fills the `$names` in."""
 
 from string import Template
 

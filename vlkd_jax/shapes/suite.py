@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data import shapes
 from vlkd_jax.data.images import normalize_pixels, resize_and_crop
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captions import f1, scene_match
@@ -20,6 +19,7 @@ from vlkd_jax.evals.retrieval import text_to_image_hits
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.vqa import exact_match, plain
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes import world
 from vlkd_jax.types import Params
 
 Result = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -37,16 +37,16 @@ class ShapesSuite:
     """
 
     def __init__(self, suite: ConfigDict, predictor: Predictor):
-        if suite.split not in shapes.SPLITS:
-            raise UserError(f"config.shapes.split is {suite.split!r}; it is one of {', '.join(shapes.SPLITS)}")
+        if suite.split not in world.SPLITS:
+            raise UserError(f"config.shapes.split is {suite.split!r}; it is one of {', '.join(world.SPLITS)}")
         for field in ("questions", "captions", "retrieval", "text_questions"):
             if suite[field] < 1:
                 raise UserError(f"config.shapes.{field} is {suite[field]}; it must be at least 1")
         self.suite, self.predictor = suite, predictor
-        self.questions = list(shapes.question_set(suite.seed, suite.split, suite.questions))
-        self.scenes = [shapes.make_scene(suite.seed, suite.split, i) for i in self._scene_indices()]
-        size = shapes.IMAGE_SIZE if predictor.image_size is None else predictor.image_size
-        pictures = (normalize_pixels(resize_and_crop(shapes.render(scene), size)) for scene in self.scenes)
+        self.questions = list(world.question_set(suite.seed, suite.split, suite.questions))
+        self.scenes = [world.make_scene(suite.seed, suite.split, i) for i in self._scene_indices()]
+        size = world.IMAGE_SIZE if predictor.image_size is None else predictor.image_size
+        pictures = (normalize_pixels(resize_and_crop(world.render(scene), size)) for scene in self.scenes)
         self.tokens, self.embeddings = predictor.encode_images(pictures)
 
     def _scene_indices(self) -> range:
@@ -129,7 +129,7 @@ class ShapesSuite:
             chosen.setdefault(tuple(t.attributes for t in scene.things), index)
         indices = list(chosen.values())
         seed, split = self.suite.seed, self.suite.split
-        texts = [shapes.caption(self.scenes[i], shapes.generator(seed, split, i, 5), complete=1.0) for i in indices]
+        texts = [world.caption(self.scenes[i], world.generator(seed, split, i, 5), complete=1.0) for i in indices]
         images = self.embeddings[indices]
         student = text_to_image_hits(self.predictor.embed_texts(params, texts), images)
         teacher = text_to_image_hits(self.predictor.embed_texts_clip(texts), images)
@@ -144,7 +144,7 @@ class ShapesSuite:
         """Questions answered from a written description, without an image: the ability that has to stay."""
         suite = self.suite
         items = text_questions(suite.seed, suite.split, suite.text_questions)
-        scenes = [index for index, _, _ in shapes.question_set(suite.seed, suite.split, suite.text_questions)]
+        scenes = [index for index, _, _ in world.question_set(suite.seed, suite.split, suite.text_questions)]
         answers = answer_texts(self.predictor, params, items, suite.answer_tokens)
         rows = [
             {

@@ -1,4 +1,4 @@
-"""The whole job on the built-in world, on one CPU: `python -m vlkd_jax.demo --workdir=DIR --seed=N`.
+"""The whole job on the built-in world, on one CPU: `python -m vlkd_jax.shapes.demo --workdir=DIR --seed=N`.
 
 Takes the two models that come with the package, evaluates the student as it starts, distils, evaluates again, and
 writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
@@ -17,11 +17,11 @@ from absl import flags
 from vlkd_jax import entry
 from vlkd_jax.configs import shapes_vlkd, suites
 from vlkd_jax.distill import make_objective
-from vlkd_jax.evals.report import write_report
-from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.evaluate import circumstances, write_predictions
 from vlkd_jax.metrics import say
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes.report import write_report
+from vlkd_jax.shapes.suite import ShapesSuite
 from vlkd_jax.sharding import make_mesh
 from vlkd_jax.train import train, whitened
 from vlkd_jax.workdir import output_directory, write_atomic

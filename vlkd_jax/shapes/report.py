@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data import shapes
 from vlkd_jax.evals import plots
-from vlkd_jax.evals.page import PAGE, STYLE
 from vlkd_jax.evals.statistics import RESAMPLES, interval
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.page import PAGE, STYLE
 from vlkd_jax.workdir import write_atomic
 
 Rows = list[dict[str, Any]]
@@ -42,8 +42,8 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
     """Writes `directory/index.html` and returns its path.
 
     Args:
-      result: what `vlkd_jax.demo` puts in demo.json, fractions between 0 and 1. A `before_interval` beside a `before`
-        is shown where there is one; the intervals of the blind answers are computed from `rows`.
+      result: what `vlkd_jax.shapes.demo` puts in demo.json, fractions between 0 and 1. A `before_interval` beside a
+        `before` is shown where there is one; the intervals of the blind answers are computed from `rows`.
       rows: predictions of `ShapesSuite.run(blind=True)`.
       metrics: metrics.jsonl of the training run; a missing file or a missing kind leaves its curves out.
       suite: `config.shapes` of configs/suites.py; pictures are drawn again from its seed and split.
@@ -116,8 +116,8 @@ def _story(result: dict[str, Any], rows: Rows) -> str:
 
 
 def _world(suite: ConfigDict) -> str:
-    size, most = shapes.IMAGE_SIZE, shapes.COUNTS[-1]
-    kinds = {"shapes": shapes.SHAPES, "colors": shapes.COLORS, "sizes": shapes.RADII, "places": shapes.POSITIONS}
+    size, most = world.IMAGE_SIZE, world.COUNTS[-1]
+    kinds = {"shapes": world.SHAPES, "colors": world.COLORS, "sizes": world.RADII, "places": world.POSITIONS}
     text = f"The built-in world: pictures of {size} by {size} pixels with one to {most} objects; there are "
     text += ", ".join(f"{len(some)} {name}" for name, some in kinds.items()) + "."
     if suite.split == "test":
@@ -230,9 +230,9 @@ def _picture(suite: ConfigDict, index: int) -> str:
     """An `<img>` of a scene, drawn again; its alternative text tells what is on it."""
     from PIL import Image
 
-    scene = shapes.make_scene(suite.seed, suite.split, index)
+    scene = world.make_scene(suite.seed, suite.split, index)
     buffer = io.BytesIO()
-    Image.fromarray(shapes.render(scene)).save(buffer, "PNG")
+    Image.fromarray(world.render(scene)).save(buffer, "PNG")
     alt = "Picture: " + ", ".join(" ".join(thing.attributes) for thing in scene.things)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img class="scene" src="data:image/png;base64,{data}" width="144" height="144" alt="{alt}">'
@@ -371,7 +371,7 @@ def _retention_curves(held_out: dict[int, dict]) -> str:
 
 
 def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
-    pictures = {index for index, _, _ in shapes.question_set(suite.seed, suite.split, suite.questions)}
+    pictures = {index for index, _, _ in world.question_set(suite.seed, suite.split, suite.questions)}
     lines = {
         "date": result["date"],
         "seed": result["seed"],

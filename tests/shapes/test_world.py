@@ -7,15 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlkd_jax.data import shapes
-from vlkd_jax.data.shapes import COLORS, HELD_OUT, POSITIONS, QUESTION_TYPES, SHAPES, SPLITS
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.world import COLORS, HELD_OUT, POSITIONS, QUESTION_TYPES, SHAPES, SPLITS
 
 COUNT = 400
 FIELDS = ("size", "color", "shape", "position")
 
 
 def scenes(split, count=COUNT, seed=0, twins=1):
-    return [shapes.make_scene(seed, split, index, twins) for index in range(count)]
+    return [world.make_scene(seed, split, index, twins) for index in range(count)]
 
 
 def attributes(scene):
@@ -24,10 +24,10 @@ def attributes(scene):
 
 def everything(seed, split, index):
     """All that the world says of one index."""
-    scene = shapes.make_scene(seed, split, index, twins=4)
-    rng = shapes.generator(seed, split, index, 2)
-    questions = [shapes.ask(scene, kind, rng) for kind in QUESTION_TYPES]
-    return scene, shapes.render(scene).tobytes(), shapes.caption(scene, rng), questions
+    scene = world.make_scene(seed, split, index, twins=4)
+    rng = world.generator(seed, split, index, 2)
+    questions = [world.ask(scene, kind, rng) for kind in QUESTION_TYPES]
+    return scene, world.render(scene).tobytes(), world.caption(scene, rng), questions
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -39,11 +39,11 @@ def test_all_is_a_function_of_the_seed(split):
     assert forward == backward[::-1]
     others = [everything(4, split, i) for i in indices]
     assert not any(a[1] == b[1] for a, b in zip(forward, others))
-    assert list(shapes.question_set(3, split, 30)) == list(shapes.question_set(3, split, 40))[:30]
+    assert list(world.question_set(3, split, 30)) == list(world.question_set(3, split, 40))[:30]
 
 
 def test_splits_differ():
-    pictures = {split: {shapes.render(scene).tobytes() for scene in scenes(split, 100)} for split in SPLITS}
+    pictures = {split: {world.render(scene).tobytes() for scene in scenes(split, 100)} for split in SPLITS}
     assert all(len(found) == 100 for found in pictures.values())
     for a, b in itertools.combinations(SPLITS, 2):
         assert not pictures[a] & pictures[b]
@@ -52,7 +52,7 @@ def test_splits_differ():
 
 def test_held_out_kinds():
     """Each attribute is seen in training, some kinds of object never; every test scene has one of these."""
-    values = (tuple(shapes.RADII), tuple(COLORS), SHAPES)
+    values = (tuple(world.RADII), tuple(COLORS), SHAPES)
     assert [set(column) for column in zip(*HELD_OUT)] == [set(v) for v in values]
     for split, twins in (("train", 1), ("train", 4), ("validation", 1)):
         seen = {t.attributes[:3] for scene in scenes(split, 1200, twins=twins) for t in scene.things}
@@ -70,9 +70,9 @@ def test_scenes_are_well_formed(split):
         assert places == sorted(set(places))
         assert len({(t.color, t.shape) for t in scene.things}) == len(scene.things)
         for t in scene.things:
-            low, high = shapes.RADII[t.size]
+            low, high = world.RADII[t.size]
             assert low <= t.radius <= high
-            half = shapes.IMAGE_SIZE / 2
+            half = world.IMAGE_SIZE / 2
             left, top = half * ("right" in t.position), half * ("bottom" in t.position)
             assert left <= t.x - t.radius and t.x + t.radius <= left + half
             assert top <= t.y - t.radius and t.y + t.radius <= top + half
@@ -108,7 +108,7 @@ def solve(scene, text):
         assert len(found) == 1, (text, scene)
         return found[0]
 
-    things, middle = scene.things, shapes.IMAGE_SIZE / 2
+    things, middle = scene.things, world.IMAGE_SIZE / 2
 
     def is_at(t, place):
         return place == f"{'top' if t.y < middle else 'bottom'} {'left' if t.x < middle else 'right'}"
@@ -142,9 +142,9 @@ def solve(scene, text):
 def test_every_answer_is_right(split):
     answers = {kind: [] for kind in QUESTION_TYPES}
     for index, scene in enumerate(scenes(split)):
-        rng = shapes.generator(0, split, index, 9)
+        rng = world.generator(0, split, index, 9)
         for kind in QUESTION_TYPES:
-            question = shapes.ask(scene, kind, rng)
+            question = world.ask(scene, kind, rng)
             if question is None:
                 continue
             assert question.kind == kind and question.answer == solve(scene, question.question)
@@ -156,12 +156,12 @@ def test_every_answer_is_right(split):
 
 def test_question_set():
     assert len(QUESTION_TYPES) >= 6
-    found = list(shapes.question_set(0, "test", 350))
+    found = list(world.question_set(0, "test", 350))
     assert len(found) == 350
     kinds = [question.kind for _, _, question in found]
     assert kinds == list(itertools.islice(itertools.cycle(QUESTION_TYPES), 350))
     for index, scene, question in found:
-        assert scene == shapes.make_scene(0, "test", index)
+        assert scene == world.make_scene(0, "test", index)
         assert question.answer == solve(scene, question.question)
     answers = [question.answer for _, _, question in found if question.kind == "existence"]
     assert 0.25 < answers.count("yes") / len(answers) < 0.75
@@ -195,7 +195,7 @@ def claims(text):
 def test_captions_say_nothing_false():
     styles = set()
     for index, scene in enumerate(scenes("train", 1500)):
-        text = shapes.caption(scene, shapes.generator(0, "train", index, 3))
+        text = world.caption(scene, world.generator(0, "train", index, 3))
         said = claims(text)
         styles.add((text.split()[0], " is " in text, ":" in text))
         assert said, text
@@ -203,7 +203,7 @@ def test_captions_say_nothing_false():
             true = [t for t in scene.things if all(getattr(t, k) == v for k, v in claim.items() if v)]
             assert true, (text, claim)
         if count := re.match("there (?:is|are) (one|two|three) ", text):
-            assert shapes.COUNTS.index(count[1]) + 1 == len(scene.things)
+            assert world.COUNTS.index(count[1]) + 1 == len(scene.things)
         related = re.match(rf"{NOUN} is (above|below|to the left of|to the right of) {NOUN}", text)
         if related:
             groups = related.groups()
@@ -220,43 +220,43 @@ def test_captions_read_back():
     """Captions that begin "a picture of" name every attribute in reading order."""
     whole = 0
     for index, scene in enumerate(scenes("train", 1000)):
-        text = shapes.caption(scene, shapes.generator(0, "train", index, 3))
+        text = world.caption(scene, world.generator(0, "train", index, 3))
         if text.startswith("a picture of"):
             whole += 1
-            assert shapes.parse_caption(text) == [t.attributes for t in scene.things], text
+            assert world.parse_caption(text) == [t.attributes for t in scene.things], text
     assert 200 < whole < 400
 
 
 def test_complete_captions_name_every_attribute():
     for index, scene in enumerate(scenes("validation")):
-        text = shapes.caption(scene, shapes.generator(0, "validation", index, 3), complete=1.0)
+        text = world.caption(scene, world.generator(0, "validation", index, 3), complete=1.0)
         words = re.findall(r"\w+", text)
         for t in scene.things:
             assert {t.size, t.color, t.shape} <= set(words) and t.position in text, text
         assert sum(word in SHAPES for word in words) == len(scene.things)
-        assert Counter(shapes.parse_caption(text)) == Counter(t.attributes for t in scene.things), text
+        assert Counter(world.parse_caption(text)) == Counter(t.attributes for t in scene.things), text
 
 
 def test_parse_caption_passes_over_other_words():
-    assert shapes.parse_caption("A large red circle at TOP left, and: two dogs.") == [
+    assert world.parse_caption("A large red circle at TOP left, and: two dogs.") == [
         ("large", "red", "circle", "top left")
     ]
-    assert shapes.parse_caption("a blue thing and a star bottom right") == [("", "blue", "star", "bottom right")]
-    assert shapes.parse_caption("a white ring above a cross") == [("", "white", "ring", ""), ("", "", "cross", "")]
-    assert shapes.parse_caption("the red ring is small and the star is blue") == [
+    assert world.parse_caption("a blue thing and a star bottom right") == [("", "blue", "star", "bottom right")]
+    assert world.parse_caption("a white ring above a cross") == [("", "white", "ring", ""), ("", "", "cross", "")]
+    assert world.parse_caption("the red ring is small and the star is blue") == [
         ("small", "red", "ring", ""),
         ("", "blue", "star", ""),
     ]
-    assert shapes.parse_caption("") == shapes.parse_caption("top left circus") == []
+    assert world.parse_caption("") == world.parse_caption("top left circus") == []
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pictures_show_the_objects(split):
     """The colour at each object's centre (on the band, for a ring) is its own, and around it lies the dark ground."""
-    assert shapes.IMAGE_SIZE >= 64
+    assert world.IMAGE_SIZE >= 64
     for scene in scenes(split, 150):
-        picture = shapes.render(scene).astype(float)
-        assert picture.shape == (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)
+        picture = world.render(scene).astype(float)
+        assert picture.shape == (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
         for t in scene.things:
             x = t.x + (0.74 * t.radius if t.shape == "ring" else 0)
             found = picture[int(t.y), int(x)]
@@ -268,7 +268,7 @@ def test_pictures_show_the_objects(split):
             if t.shape == "ring":
                 assert picture[int(t.y), int(t.x)].max() < 90
         empty = set(POSITIONS) - {t.position for t in scene.things}
-        half = shapes.IMAGE_SIZE // 2
+        half = world.IMAGE_SIZE // 2
         for place in empty:
             # the tip of a triangle, 1.1 radii high, may touch the line
             rows = slice(half + 1, None) if "bottom" in place else slice(half - 1)
@@ -282,8 +282,8 @@ def test_shapes_are_drawn_in_their_proportions():
     for shape in SHAPES:
         areas = {}
         for size, radius in (("small", 8.0), ("large", 16.0)):
-            thing = shapes.Thing(shape, "white", size, "top left", 18.0, 18.0, radius)
-            picture = shapes.render(shapes.Scene((thing,), 0)).astype(float)
+            thing = world.Thing(shape, "white", size, "top left", 18.0, 18.0, radius)
+            picture = world.render(world.Scene((thing,), 0)).astype(float)
             ground = picture[60:, 60:].mean()
             areas[size] = ((picture.mean(-1) - ground) / (240 - ground)).sum()
             if shape in expected:

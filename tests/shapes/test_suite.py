@@ -8,13 +8,13 @@ import pytest
 from tiny import make_assets, tiny_config
 
 from vlkd_jax.configs import suites
-from vlkd_jax.data import shapes
 from vlkd_jax.data.images import normalize_pixels, resize_and_crop
 from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import statistics
-from vlkd_jax.evals.shapes_suite import ShapesSuite
 from vlkd_jax.predict import Predictor
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.suite import ShapesSuite
 
 KEYS = {"task", "id", "image", "prompt", "raw", "normalised", "answers", "score"}
 
@@ -54,8 +54,8 @@ def answer_with(runner, monkeypatch, choose):
     suite, text = runner.suite, runner.predictor.text
     about = {(index, question.question): question for index, _, question in runner.questions}
     written = {}
-    for index, scene, question in shapes.question_set(suite.seed, suite.split, suite.text_questions):
-        description = shapes.caption(scene, shapes.generator(suite.seed, suite.split, index, 5), complete=1.0)
+    for index, scene, question in world.question_set(suite.seed, suite.split, suite.text_questions):
+        description = world.caption(scene, world.generator(suite.seed, suite.split, index, 5), complete=1.0)
         written[description, question.question] = question
     given = []
 
@@ -65,7 +65,7 @@ def answer_with(runner, monkeypatch, choose):
         assert all(ids.count(text.mask) == 1 for ids in sources)
         if prompts[0] == "a picture of":
             assert len(image_tokens) == len(sources)
-            scenes = [shapes.make_scene(suite.seed, suite.split, k) for k in range(len(sources))]
+            scenes = [world.make_scene(suite.seed, suite.split, k) for k in range(len(sources))]
             return [" and ".join("a {} {} {} at {}".format(*t.attributes) for t in scene.things) for scene in scenes]
         assert [text.decode(ids) for ids in sources] == prompts  # but for the mask
         questions = [prompt.removeprefix("question: ").removesuffix(" answer:") for prompt in prompts]
@@ -80,7 +80,7 @@ def answer_with(runner, monkeypatch, choose):
 def most_frequent(suite):
     """Kind -> (its most frequent answer, how often it is right), counted one question after the other."""
     answers = defaultdict(list)
-    for _, _, question in shapes.question_set(suite.seed, suite.split, suite.questions):
+    for _, _, question in world.question_set(suite.seed, suite.split, suite.questions):
         answers[question.kind].append(question.answer)
     best = {kind: max(sorted(set(some)), key=some.count) for kind, some in answers.items()}
     return {kind: (best[kind], answers[kind].count(best[kind]) / len(answers[kind])) for kind in answers}
@@ -141,11 +141,9 @@ def test_rows_name_the_scene_they_are_about(runner, start, monkeypatch):
     _, rows = runner.run(start[1])
     suite = runner.suite
     for row in rows:
-        scene = shapes.make_scene(suite.seed, suite.split, row["image"])
+        scene = world.make_scene(suite.seed, suite.split, row["image"])
         if row["task"] == "text_qa":
-            description = shapes.caption(
-                scene, shapes.generator(suite.seed, suite.split, row["image"], 5), complete=1.0
-            )
+            description = world.caption(scene, world.generator(suite.seed, suite.split, row["image"], 5), complete=1.0)
             assert row["prompt"].startswith(f"{description} question: ")
         if row["task"] == "caption":
             assert row["answers"] == [", ".join(" ".join(thing.attributes) for thing in scene.things)]
@@ -154,13 +152,13 @@ def test_rows_name_the_scene_they_are_about(runner, start, monkeypatch):
 
 def test_retrieval_is_among_distinct_scenes(runner, start, monkeypatch):
     suite = runner.suite
-    scenes = [shapes.make_scene(suite.seed, suite.split, i) for i in range(suite.retrieval)]
+    scenes = [world.make_scene(suite.seed, suite.split, i) for i in range(suite.retrieval)]
     seen = [tuple(thing.attributes for thing in scene.things) for scene in scenes]
     first = [k for k, attributes in enumerate(seen) if attributes not in seen[:k]]
     by_words = {tuple(sorted(attributes)): k for k, attributes in reversed(list(enumerate(seen)))}
 
     def embed_texts(params, texts):
-        return runner.embeddings[[by_words[tuple(sorted(shapes.parse_caption(text)))] for text in texts]]
+        return runner.embeddings[[by_words[tuple(sorted(world.parse_caption(text)))] for text in texts]]
 
     monkeypatch.setattr(runner.predictor, "embed_texts", embed_texts)
     found = runner.retrieval(start[1])
@@ -182,8 +180,8 @@ def test_image_tokens_are_of_the_scene_asked_about(runner, start, monkeypatch):
     monkeypatch.setattr(predictor, "generate", generate)
     rows = [runner.vqa(start[1])[1], runner.captions(start[1])[1]]
     for tokens, some in zip(given, rows, strict=True):
-        scenes = [shapes.make_scene(suite.seed, suite.split, row["image"]) for row in some]
-        pictures = [normalize_pixels(resize_and_crop(shapes.render(scene), predictor.image_size)) for scene in scenes]
+        scenes = [world.make_scene(suite.seed, suite.split, row["image"]) for row in some]
+        pictures = [normalize_pixels(resize_and_crop(world.render(scene), predictor.image_size)) for scene in scenes]
         np.testing.assert_allclose(tokens, predictor.encode_images(pictures)[0], atol=1e-5)
     assert [row["image"] for row in rows[0]] == [index for index, _, _ in runner.questions]
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from vlkd_jax import shapes_models
-from vlkd_jax.data import shapes
-from vlkd_jax.data.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.hf.load import load_bart, load_clip
+from vlkd_jax.shapes import make_models, world
+from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
 SHIPPED = ROOT / "vlkd_jax" / "shapes" / "models"
 
@@ -18,10 +17,10 @@ SHIPPED = ROOT / "vlkd_jax" / "shapes" / "models"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """The recipe's start, its tokenizers learned from fewer texts."""
-    directory, corpus = tmp_path_factory.mktemp("start"), shapes_models.corpus
+    directory, corpus = tmp_path_factory.mktemp("start"), make_models.corpus
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes_models, "corpus", lambda seed, count: corpus(seed, count // 20))
-        shapes_models.init_models(directory, seed=0)
+        patch.setattr(make_models, "corpus", lambda seed, count: corpus(seed, count // 20))
+        make_models.init_models(directory, seed=0)
     return directory
 
 
@@ -69,14 +68,14 @@ def test_clip_and_its_tokenizer_belong_together(directory):
     )
     captions = [ShapesPairs(0, "train")[k].text for k in range(200)]
     encoded = [text.encode(caption) for caption in captions]
-    assert max(map(len, encoded)) <= config.text.max_position_embeddings == shapes_models.CLIP_POSITIONS
+    assert max(map(len, encoded)) <= config.text.max_position_embeddings == make_models.CLIP_POSITIONS
     assert len({tuple(ids) for ids in encoded}) == len({caption.lower() for caption in captions})
-    assert config.vision.image_size == shapes.IMAGE_SIZE
+    assert config.vision.image_size == world.IMAGE_SIZE
 
 
 def test_the_words_of_the_world_are_single_tokens_of_the_shipped_models():
     bart, clip = BartText(SHIPPED / "bart"), ClipText(SHIPPED / "clip")
-    for word in (*shapes.COLORS, *shapes.SHAPES, *shapes.RADII):
+    for word in (*world.COLORS, *world.SHAPES, *world.RADII):
         assert len(bart.encode(f" {word}")) == 1 and len(clip.encode(word)) == 3, word
 
 

@@ -1,8 +1,8 @@
 """Makes the tiny CLIP and BART directories of the built-in world; `launch/shapes_models.sh` is the whole recipe.
 
-`python -m vlkd_jax.shapes_models --output=DIR` trains the two byte-level BPE tokenizers on the world's texts and writes
-randomly initialised models beside them. After pre-training with `vlkd_jax.train`,
-`python -m vlkd_jax.shapes_models --output=vlkd_jax/shapes/models --runs=DIR` writes the trained models of DIR/clip and
+`python -m vlkd_jax.shapes.make_models --output=DIR` trains the two byte-level BPE tokenizers on the world's texts and
+writes randomly initialised models beside them. After pre-training with `vlkd_jax.train`, `python -m
+vlkd_jax.shapes.make_models --output=vlkd_jax/shapes/models --runs=DIR` writes the trained models of DIR/clip and
 DIR/bart.
 """
 
@@ -19,8 +19,6 @@ import numpy as np
 from absl import flags
 
 from vlkd_jax.config import model_directory
-from vlkd_jax.data import shapes
-from vlkd_jax.data.sources import ShapesTexts
 from vlkd_jax.entry import run
 from vlkd_jax.evaluate import load_run
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
@@ -28,6 +26,8 @@ from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.shapes import world
+from vlkd_jax.shapes.sources import ShapesTexts
 from vlkd_jax.types import Params
 from vlkd_jax.workdir import output_directory
 
@@ -102,11 +102,11 @@ def init_models(output: Path, seed: int) -> None:
     for name in ("clip", "bart"):
         (output / name).mkdir(parents=True, exist_ok=True)
     size, start, end = train_clip_tokenizer(texts, output / "clip")
-    vision = ClipVisionConfig(128, 512, 4, 4, shapes.IMAGE_SIZE, 12)
+    vision = ClipVisionConfig(128, 512, 4, 4, world.IMAGE_SIZE, 12)
     text = ClipTextConfig(size, 96, 192, 3, 4, CLIP_POSITIONS, bos_token_id=start, eos_token_id=end, pad_token_id=end)
     clip = ClipConfig(vision, text, 128)
     key = jax.random.key(seed)
-    pixels, ids = jnp.zeros((1, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)), jnp.zeros((1, 4), jnp.int32)
+    pixels, ids = jnp.zeros((1, world.IMAGE_SIZE, world.IMAGE_SIZE, 3)), jnp.zeros((1, 4), jnp.int32)
     params = jax.jit(Clip(clip).init)(key, pixels, ids, ids == 0)["params"]
     save_clip(output / "clip", clip, with_positions(clip, params))
     size = train_bart_tokenizer(texts, output / "bart")
