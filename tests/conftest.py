@@ -1,5 +1,7 @@
 """Tiny random models, made on the spot: no network, no weights on disk. Tests marked shared_data need that folder."""
 
+# ruff: noqa: E402 (the import hook has to stand before the imports it acts on)
+
 import functools
 import os
 import pathlib
@@ -7,6 +9,12 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from jaxtyping import install_import_hook
+
+CHECKED = ("vlkd_jax.models", "vlkd_jax.losses", "vlkd_jax.decoding", "vlkd_jax.whitening")
+"""Modules whose annotations, shapes included, hold at every call in the tests; the hook must precede their import."""
+install_import_hook(CHECKED, "beartype.beartype")
 
 import jax
 import numpy as np

@@ -12,36 +12,42 @@ import jax.numpy as jnp
 
 from vlkd_jax.models.attention import KeyValue
 from vlkd_jax.models.bart import Bart
-from vlkd_jax.types import Array, Params
+from vlkd_jax.types import Array, ArrayLike, Bool, Float, Float32, Int, Params
 
 
 class Memory(NamedTuple):
-    """What every step reads and none changes: cross-attention keys and values [layers, B, M, H, K], mask [B, M]."""
+    """What every step reads and none changes: cross-attention keys and values [layers, B, M, H, K], and their mask."""
 
     cross: KeyValue
-    mask: Array
+    mask: Bool[ArrayLike, "B M"]
 
 
 class Written(NamedTuple):
-    """What has been decoded: self-attention cache [layers, B, length, H, K]; next position of each row, int32 [B]."""
+    """What has been decoded: self-attention cache [layers, B, length, H, K]; the next position of each row."""
 
     cache: KeyValue
-    position: Array
+    position: Int[Array, " B"]
 
 
 def prefill(
-    bart: Bart, params: Params, memory: Array, memory_mask: Array, prefix: Array, prefix_mask: Array, new_tokens: int
-) -> tuple[Array, Memory, Written]:
+    bart: Bart,
+    params: Params,
+    memory: Float[ArrayLike, "B M D"],
+    memory_mask: Bool[ArrayLike, "B M"],
+    prefix: Int[ArrayLike, "B P"],
+    prefix_mask: Bool[ArrayLike, "B P"],
+    new_tokens: int,
+) -> tuple[Float32[Array, "B V"], Memory, Written]:
     """Reads the memory and a forced prefix that may differ in length between rows.
 
     Args:
       bart, params: module and its parameters.
-      memory: float [B, M, D], what the decoder reads; memory_mask: bool [B, M].
-      prefix: int32 [B, P], decoder tokens from the decoder's start token on; prefix_mask: bool [B, P].
+      memory, memory_mask: what the decoder reads.
+      prefix, prefix_mask: decoder tokens from the decoder's start token on.
       new_tokens: how many steps the cache shall have room for.
 
     Returns:
-      Logits [B, V] float32 of the token after the prefix; what `step` reads, and what it carries on.
+      Logits of the token after the prefix; what `step` reads, and what it carries on.
     """
 
     def call(*args, method: str):
@@ -59,8 +65,10 @@ def prefill(
     return call(last, method="logits")[:, 0], Memory(cross, memory_mask), Written(cache, length)
 
 
-def step(bart: Bart, params: Params, memory: Memory, written: Written, token: Array) -> tuple[Array, Written]:
-    """Writes token int32 [B] at each row's next position: logits [B, V] float32 of the one after it, and the state."""
+def step(
+    bart: Bart, params: Params, memory: Memory, written: Written, token: Int[ArrayLike, " B"]
+) -> tuple[Float32[Array, "B V"], Written]:
+    """Writes a token at each row's next position: logits of the one after it, and the state."""
     at = written.position[:, None]
     visible = jnp.arange(written.cache.key.shape[2]) <= at[..., None]
     hidden, cache = bart.apply(
@@ -71,46 +79,46 @@ def step(bart: Bart, params: Params, memory: Memory, written: Written, token: Ar
 
 
 class _State(NamedTuple):
-    """The loop's carry: `ids[:, :count]` are decided, `token` [B] is the last of them, rows that ended are `done`."""
+    """The loop's carry: `ids[:, :count]` are decided, `token` is the last of them, rows that ended are `done`."""
 
-    count: Array
-    token: Array
-    ids: Array
-    done: Array
+    count: Int[Array, ""]
+    token: Int[Array, " B"]
+    ids: Int[Array, "B T"]
+    done: Bool[Array, " B"]
     written: Written
 
 
 def greedy(
     bart: Bart,
     params: Params,
-    memory: Array,
-    memory_mask: Array,
-    prefix: Array,
-    prefix_mask: Array,
+    memory: Float[ArrayLike, "B M D"],
+    memory_mask: Bool[ArrayLike, "B M"],
+    prefix: Int[ArrayLike, "B P"],
+    prefix_mask: Bool[ArrayLike, "B P"],
     max_new_tokens: int,
-) -> Array:
+) -> Int[Array, "B {max_new_tokens}"]:
     """The most likely next token, again and again, after a forced prefix; arguments as in `prefill`.
 
     Args:
       max_new_tokens: the last of them is `</s>` if the row has not ended before, as Hugging Face forces it.
 
     Returns:
-      int32 [B, max_new_tokens]: the new tokens, `</s>` included, then padding.
+      The new tokens, int32, `</s>` included, then padding.
     """
     config, batch = bart.config, prefix.shape[0]
 
-    def choose(logits: Array, count: Array, done: Array) -> Array:
+    def choose(logits: Float32[Array, "B V"], count: Int[Array, ""], done: Bool[Array, " B"]) -> Int[Array, " B"]:
         token = jnp.argmax(logits, -1).astype(jnp.int32)
         if config.forced_eos_token_id is not None:
             token = jnp.where(count == max_new_tokens - 1, config.forced_eos_token_id, token)
         return jnp.where(done, config.pad_token_id, token)
 
-    def add(logits: Array, state: _State, written: Written) -> _State:
+    def add(logits: Float32[Array, "B V"], state: _State, written: Written) -> _State:
         token = choose(logits, state.count, state.done)
         ids = state.ids.at[:, state.count].set(token)
         return _State(state.count + 1, token, ids, state.done | (token == config.eos_token_id), written)
 
-    def go_on(state: _State) -> Array:
+    def go_on(state: _State) -> Bool[Array, ""]:
         return (state.count < max_new_tokens) & ~jnp.all(state.done)
 
     def decode(state: _State) -> _State:

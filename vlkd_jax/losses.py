@@ -12,22 +12,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlkd_jax.types import Array
+from vlkd_jax.types import Array, ArrayLike, Bool, Float, Float32, Int
+
+SumAndCount = tuple[Float32[Array, ""], Float32[Array, ""]]
 
 
-def ttdm(sentence: Array, text: Array) -> tuple[Array, Array]:
-    """Text-text distance minimisation: squared L2 distance of sentence [B, E] to the teacher's text [B, E]."""
+def ttdm(sentence: Float[ArrayLike, "B E"], text: Float[ArrayLike, "B E"]) -> SumAndCount:
+    """Text-text distance minimisation: squared L2 distance of the student's sentence to the teacher's text."""
     distance = jnp.sum(jnp.square(sentence.astype(jnp.float32) - text.astype(jnp.float32)), -1)
     return jnp.sum(distance), jnp.float32(distance.shape[0])
 
 
-def itcl(image: Array, sentence: Array, scale: Array) -> tuple[Array, Array]:
+def itcl(image: Float[ArrayLike, "B E"], sentence: Float[ArrayLike, "B E"], scale: Float[ArrayLike, ""]) -> SumAndCount:
     """Image-text contrastive loss: symmetric cross-entropy of `scale * image . sentence^T` over the global batch.
 
     Args:
-      image: float [B, E], L2-normalised.
-      sentence: float [B, E], L2-normalised.
-      scale: float [], the inverse temperature.
+      image: L2-normalised.
+      sentence: L2-normalised.
+      scale: the inverse temperature.
     """
     # scale enlarges the products' rounding a hundredfold; the default is TF32 or bfloat16 on accelerators
     products = jnp.einsum("be,ce->bc", image, sentence, precision="highest", preferred_element_type=jnp.float32)
@@ -37,13 +39,17 @@ def itcl(image: Array, sentence: Array, scale: Array) -> tuple[Array, Array]:
     return jnp.sum(per_pair), jnp.float32(per_pair.shape[0])
 
 
-def icti(logits: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
-    """Infilling loss: cross-entropy of logits [B, T, V] against targets [B, T], summed where mask [B, T] is True."""
+def icti(
+    logits: Float[ArrayLike, "B T V"], targets: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
+) -> SumAndCount:
+    """Infilling loss: cross-entropy of logits against targets, summed where mask is True."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.sum(jnp.where(mask, loss, 0)), jnp.sum(mask, dtype=jnp.float32)
 
 
-def token_accuracy(logits: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
-    """How often the teacher-forced argmax of logits [B, T, V] is the target [B, T], where mask [B, T] is True."""
+def token_accuracy(
+    logits: Float[ArrayLike, "B T V"], targets: Int[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
+) -> SumAndCount:
+    """How often the teacher-forced argmax of logits is the target, where mask is True."""
     right = jnp.argmax(logits, -1) == targets
     return jnp.sum(right & mask, dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32)

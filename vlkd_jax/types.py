@@ -1,8 +1,9 @@
 """The values that travel: `Batch` from the data pipeline to the losses, `TrainState` through the train step.
 
-Shape letters, used in every docstring: B batch, N image tokens (patches and class token), L clean caption, S corrupted
-caption, C context, T target, D student width, V student vocabulary, E CLIP joint width, H heads, K head width,
-M decoder memory (N + S), W beams. Masks are bool, True = keep; sequences are padded on the right.
+Shape letters, used in every annotation and docstring: B batch, N image tokens (patches and class token), L clean
+caption, S corrupted caption, C context, T target, P forced prefix, Q tokens of a cached step, D student width, V its
+vocabulary, E CLIP joint width, Dv and Dt the widths of CLIP's towers, H heads, K head width, M decoder memory (N + S),
+W beams, R memories that beams share (B / W). Masks are bool, True = keep; sequences are padded on the right.
 """
 
 from __future__ import annotations
@@ -11,6 +12,21 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.typing import ArrayLike, DTypeLike
+
+try:
+    from jaxtyping import Bool, Float, Float32, Int
+except ImportError:  # only the tests check shapes; the models run without it
+
+    class Float:
+        """Stands for jaxtyping's classes: `Float[Array, "B E"]` is `Array`."""
+
+        def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
+            return item[0]
+
+    Bool = Float32 = Int = Float
+
+__all__ = ["Array", "ArrayLike", "Batch", "Bool", "DTypeLike", "Float", "Float32", "Int", "Params", "TrainState"]
 
 Array = jax.Array
 Params = Any

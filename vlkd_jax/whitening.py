@@ -17,13 +17,15 @@ import numpy as np
 
 from vlkd_jax import sharding
 from vlkd_jax.distill import Objective, select_tokens
-from vlkd_jax.types import Array, Batch, Params
+from vlkd_jax.types import Array, Batch, Float, Float32, Params
 
 FLOOR = 1e-3
 """Added to every variance, as a share of their mean: directions far below it are not blown up."""
 
 
-def estimate(objective: Objective, image_tokens: str, stream: Iterator[Batch], images: int, mesh) -> Params:
+def estimate(
+    objective: Objective, image_tokens: str, stream: Iterator[Batch], images: int, mesh: jax.sharding.Mesh
+) -> Params:
     """{"mean" [D], "matrix" [D, D]} float32 from the image tokens of the stream's first batches, `images` or more.
 
     Args:
@@ -34,7 +36,9 @@ def estimate(objective: Objective, image_tokens: str, stream: Iterator[Batch], i
       mesh: the devices the work is spread over.
     """
 
-    def sums(params: Params, pixels: Array) -> tuple[Array, Array]:
+    def sums(
+        params: Params, pixels: Float[Array, "B height width 3"]
+    ) -> tuple[Float32[Array, " D"], Float32[Array, "D D"]]:
         output = objective.teacher.apply({"params": params}, pixels, method="encode_images")
         tokens = select_tokens(output, image_tokens).astype(jnp.float32)
         outer = jnp.einsum("bnd,bne->de", tokens, tokens, precision=jax.lax.Precision.HIGHEST)
@@ -51,8 +55,8 @@ def estimate(objective: Objective, image_tokens: str, stream: Iterator[Batch], i
     return {"mean": mean.astype(np.float32), "matrix": zca(outer / seen - np.outer(mean, mean))}
 
 
-def zca(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric inverse root of a covariance [D, D], every variance raised by `FLOOR` of their mean: float32."""
+def zca(covariance: Float[np.ndarray, "D D"]) -> Float32[np.ndarray, "D D"]:
+    """The symmetric inverse root of a covariance, every variance raised by `FLOOR` of their mean: float32."""
     variances, axes = np.linalg.eigh(covariance)
     raised = np.maximum(variances, 0) + FLOOR * variances.mean()
     return (axes / np.sqrt(raised) @ axes.T).astype(np.float32)

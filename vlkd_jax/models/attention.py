@@ -1,5 +1,7 @@
 """Multi-head attention shared by CLIP and BART."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,17 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from vlkd_jax.models.layers import Dense
+from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values, each [..., B, M, H, K]: M positions, H heads of width K."""
+    """Projected keys and values of M positions, H heads of width K; all layers' are stacked in front."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Float[Array, "*layers B M H K"]
+    value: Float[Array, "*layers B M H K"]
 
 
-def causal_mask(length: int) -> jax.Array:
-    """[1, 1, length, length] bool, True where a query (row) may read a key (column)."""
+def causal_mask(length: int) -> Bool[Array, "1 1 {length} {length}"]:
+    """True where a query (row) may read a key (column)."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
@@ -31,26 +34,32 @@ class Attention(nn.Module):
     width: int
     num_heads: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     in_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     out_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
-    def setup(self):
+    def setup(self) -> None:
         self.q_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
         self.k_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
         self.v_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
         self.out_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.out_init)
         self.weight_dropout = nn.Dropout(self.dropout)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
+    def _heads(self, x: Float[ArrayLike, "B T D"]) -> Float[Array, "B T H K"]:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-    def keys_values(self, memory: jax.Array) -> KeyValue:
-        """Project memory [B, M, D] to keys and values [B, M, H, K]."""
+    def keys_values(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
+        """Project memory to keys and values [B, M, H, K]."""
         return KeyValue(self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory)))
 
-    def attend(self, x: jax.Array, kv: KeyValue, mask: jax.Array | None, deterministic: bool = True) -> jax.Array:
-        """x [B, T, D] reads kv [B, M, H, K] where mask (broadcast to [B, H, T, M], True = keep) -> [B, T, D]."""
+    def attend(
+        self,
+        x: Float[ArrayLike, "B T D"],
+        kv: KeyValue,
+        mask: Bool[ArrayLike, "#B #H #T #M"] | None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """x reads kv [B, M, H, K] where mask, broadcast to [B, H, T, M], is True."""
         query = self._heads(self.q_proj(x)) * (self.width // self.num_heads) ** -0.5
         scores = jnp.einsum("bthk,bmhk->bhtm", query, kv.key, preferred_element_type=jnp.float32)
         if mask is not None:
@@ -60,6 +69,12 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bhtm,bmhk->bthk", weights, kv.value)
         return self.out_proj(mixed.reshape(*x.shape[:-1], self.width))
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None, deterministic: bool = True):
-        """x [B, T, D] reads memory [B, M, D] under mask -> [B, T, D]. Self-attention: memory is x."""
+    def __call__(
+        self,
+        x: Float[ArrayLike, "B T D"],
+        memory: Float[ArrayLike, "B M D"],
+        mask: Bool[ArrayLike, "#B #H #T #M"] | None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """x reads memory under mask. Self-attention: memory is x."""
         return self.attend(x, self.keys_values(memory), mask, deterministic)

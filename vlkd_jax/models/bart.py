@@ -1,5 +1,9 @@
 """BART (Lewis et al. 2020): encoder, decoder over any memory, and the decoder's cached step."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,24 +12,27 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, KeyValue, causal_mask
 from vlkd_jax.models.configs import BartConfig
 from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, layer_norm
+from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
 
 POSITION_OFFSET = 2  # BART's position tables keep two unused rows in front
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 
 
-def shift_right(ids: jax.Array, start_id: int) -> jax.Array:
-    """Decoder inputs for targets `ids` [B, T]: `start_id`, then all but the last. Right padding stays harmless."""
+def shift_right(ids: Int[ArrayLike, "B T"], start_id: int) -> Int[Array, "B T"]:
+    """Decoder inputs for targets `ids`: `start_id`, then all but the last. Right padding stays harmless."""
     return jnp.concatenate([jnp.full_like(ids[:, :1], start_id), ids[:, :-1]], axis=1)
 
 
-def join_memory(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """What a decoder reads: parts of (states [B, Mi, D], mask [B, Mi]) one behind the other, [B, M, D] and [B, M]."""
+def join_memory(
+    *parts: tuple[Float[ArrayLike, "B _ D"], Bool[ArrayLike, "B _"]],
+) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:
+    """What a decoder reads: parts of (states, mask), each of its own length, one behind the other."""
     states, masks = zip(*parts, strict=True)
     return jnp.concatenate(states, 1), jnp.concatenate(masks, 1)
 
 
-def _dense(features: int, dtype) -> nn.Dense:
+def _dense(features: int, dtype: DTypeLike) -> nn.Dense:
     return Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(INIT_STD))
 
 
@@ -33,7 +40,7 @@ class BartLayer(nn.Module):
     """What encoder and decoder layers share; inherited, not nested, so that parameter names stay Hugging Face's."""
 
     config: BartConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def _setup_feed_forward(self, width: int):
         self.fc1 = _dense(width, self.dtype)
@@ -46,21 +53,23 @@ class BartLayer(nn.Module):
         config = self.config
         return Attention(config.d_model, num_heads, config.attention_dropout, self.dtype)
 
-    def _feed_forward(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def _feed_forward(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
         hidden = ACTIVATION_FUNCTIONS[self.config.activation_function](self.fc1(x))
         hidden = self.fc2(self.activation_dropout(hidden, deterministic=deterministic))
         return self.final_layer_norm(x + self.dropout(hidden, deterministic=deterministic))
 
 
 class EncoderLayer(BartLayer):
-    """Post-norm encoder layer: x [B, S, D], mask [B, 1, 1, S] -> (x, None)."""
+    """Post-norm encoder layer: (x, mask) -> (x, None), the form `nn.scan` wants."""
 
-    def setup(self):
+    def setup(self) -> None:
         self.self_attn = self._attention(self.config.encoder_attention_heads)
         self.self_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
         self._setup_feed_forward(self.config.encoder_ffn_dim)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool):
+    def __call__(
+        self, x: Float[ArrayLike, "B S D"], mask: Bool[ArrayLike, "B 1 1 S"], deterministic: bool
+    ) -> tuple[Float[Array, "B S D"], None]:
         attended = self.self_attn(x, x, mask, deterministic)
         x = self.self_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
         return self._feed_forward(x, deterministic), None
@@ -69,27 +78,42 @@ class EncoderLayer(BartLayer):
 class DecoderLayer(BartLayer):
     """Post-norm decoder layer with three entries: whole sequence, memory projection, cached step."""
 
-    def setup(self):
+    def setup(self) -> None:
         self.self_attn = self._attention(self.config.decoder_attention_heads)
         self.self_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
         self.encoder_attn = self._attention(self.config.decoder_attention_heads)
         self.encoder_attn_layer_norm = layer_norm(LAYER_NORM_EPS, self.dtype)
         self._setup_feed_forward(self.config.decoder_ffn_dim)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array, memory_mask: jax.Array, deterministic: bool):
-        """x [B, T, D], memory [B, M, D], mask [1, 1, T, T], memory_mask [B, 1, 1, M] -> (x, None)."""
+    def __call__(
+        self,
+        x: Float[ArrayLike, "B T D"],
+        memory: Float[ArrayLike, "B M D"],
+        mask: Bool[ArrayLike, "1 1 T T"],
+        memory_mask: Bool[ArrayLike, "B 1 1 M"],
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """A whole sequence: (x, None)."""
         attended = self.self_attn(x, x, mask, deterministic)
         x = self.self_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
         attended = self.encoder_attn(x, memory, memory_mask, deterministic)
         x = self.encoder_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
         return self._feed_forward(x, deterministic), None
 
-    def project_memory(self, carry: None, memory: jax.Array):
-        """memory [B, M, D] -> (None, this layer's cross-attention keys and values [B, M, H, K])."""
+    def project_memory(self, carry: None, memory: Float[ArrayLike, "B M D"]) -> tuple[None, KeyValue]:
+        """(None, this layer's cross-attention keys and values [B, M, H, K])."""
         return carry, self.encoder_attn.keys_values(memory)
 
-    def step(self, x, cache: KeyValue, cross: KeyValue, positions, cache_mask, memory_mask):
-        """x [B, Q, D], cache [B, length, H, K], cross [B', M, H, K] -> (x, cache with Q entries written)."""
+    def step(
+        self,
+        x: Float[ArrayLike, "B Q D"],
+        cache: KeyValue,
+        cross: KeyValue,
+        positions: Int[ArrayLike, "B Q"],
+        cache_mask: Bool[ArrayLike, "B 1 Q length"],
+        memory_mask: Bool[ArrayLike, "R 1 1 M"],
+    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
+        """cache [B, length, H, K], cross [R, M, H, K] -> (x, cache with Q entries written)."""
         new = self.self_attn.keys_values(x)
         rows = jnp.arange(x.shape[0])[:, None]
         cache = jax.tree.map(lambda old, item: old.at[rows, positions].set(item, mode="drop"), cache, new)
@@ -101,7 +125,7 @@ class DecoderLayer(BartLayer):
         return self._feed_forward(x, True), cache
 
 
-def _scan(layers: int, in_axes) -> dict:
+def _scan(layers: int, in_axes: Any) -> dict:
     return {
         "variable_axes": {"params": 0},
         "split_rngs": {"params": True, "dropout": True},
@@ -114,7 +138,7 @@ class BartSide(nn.Module):
     """What encoder and decoder share in front of their layers; the token embedding belongs to `Bart`."""
 
     config: BartConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: bool
 
     def _setup_embedding(self):
@@ -124,12 +148,14 @@ class BartSide(nn.Module):
         self.layernorm_embedding = layer_norm(LAYER_NORM_EPS, self.dtype)
         self.dropout = nn.Dropout(config.dropout)
 
-    def embed(self, embedded: jax.Array, positions: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Token embeddings [B, T, D] plus those of positions [T] or [B, T], normed and dropped out: [B, T, D]."""
+    def embed(
+        self, embedded: Float[ArrayLike, "B T D"], positions: Int[ArrayLike, "*rows T"], deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings plus those of positions, all rows' [T] or each row's [B, T], normed and dropped out."""
         x = self.layernorm_embedding(embedded + self.embed_positions(positions + POSITION_OFFSET))
         return self.dropout(x, deterministic=deterministic)
 
-    def _positions(self, length: int) -> jax.Array:
+    def _positions(self, length: int) -> Int[Array, " {length}"]:
         limit = self.config.max_position_embeddings
         if length > limit:
             raise UserError(f"a text of {length} BART tokens given; max_position_embeddings is {limit}: shorten it")
@@ -137,15 +163,17 @@ class BartSide(nn.Module):
 
 
 class BartEncoder(BartSide):
-    """embedded [B, S, D], mask [B, S] -> last hidden state [B, S, D]."""
+    """Encoder layers: embedded tokens to the last hidden state."""
 
-    def setup(self):
+    def setup(self) -> None:
         self._setup_embedding()
         layer = nn.remat(EncoderLayer, prevent_cse=False, static_argnums=(3,)) if self.remat else EncoderLayer
         axes = _scan(self.config.encoder_layers, nn.broadcast)
         self.layers = nn.scan(layer, **axes)(self.config, self.dtype)
 
-    def __call__(self, embedded: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, embedded: Float[ArrayLike, "B S D"], mask: Bool[ArrayLike, "B S"], deterministic: bool
+    ) -> Float[Array, "B S D"]:
         x = self.embed(embedded, self._positions(embedded.shape[1]), deterministic)
         return self.layers(x, mask[:, None, None, :], deterministic)[0]
 
@@ -153,7 +181,7 @@ class BartEncoder(BartSide):
 class BartDecoder(BartSide):
     """Decoder layers: whole sequences, the memory's projection, and cached steps over the same parameters."""
 
-    def setup(self):
+    def setup(self) -> None:
         self._setup_embedding()
         layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=(5,)) if self.remat else DecoderLayer
         step_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
@@ -161,19 +189,32 @@ class BartDecoder(BartSide):
         methods = {name: _scan(self.config.decoder_layers, in_axes) for name, in_axes in axes.items()}
         self.layers = nn.scan(layer, methods=methods)(self.config, self.dtype)
 
-    def __call__(self, embedded, memory, memory_mask, deterministic: bool) -> jax.Array:
-        """embedded [B, T, D], memory [B, M, D], memory_mask [B, M] -> [B, T, D]."""
+    def __call__(
+        self,
+        embedded: Float[ArrayLike, "B T D"],
+        memory: Float[ArrayLike, "B M D"],
+        memory_mask: Bool[ArrayLike, "B M"],
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
         length = embedded.shape[1]
         x = self.embed(embedded, self._positions(length), deterministic)
         memory = memory.astype(self.dtype)
         return self.layers(x, memory, causal_mask(length), memory_mask[:, None, None, :], deterministic)[0]
 
-    def project_memory(self, memory: jax.Array) -> KeyValue:
-        """memory [B, M, D] -> keys and values [layers, B, M, H, K]."""
+    def project_memory(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
+        """Every layer's cross-attention keys and values [layers, B, M, H, K]."""
         return self.layers.project_memory(None, memory.astype(self.dtype))[1]
 
-    def step(self, embedded, positions, cache, cross, memory_mask, cache_mask):
-        """One cached step; shapes as in `Bart.decode_step`."""
+    def step(
+        self,
+        embedded: Float[ArrayLike, "B Q D"],
+        positions: Int[ArrayLike, "B Q"],
+        cache: KeyValue,
+        cross: KeyValue,
+        memory_mask: Bool[ArrayLike, "R M"],
+        cache_mask: Bool[ArrayLike, "B Q length"],
+    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
+        """One cached step; arguments as in `Bart.decode_step`."""
         # A row parked past the end still needs a finite embedding; its write is dropped.
         x = self.embed(embedded, jnp.minimum(positions, self.config.max_position_embeddings - 1))
         return self.layers.step(x, cache, cross, positions, cache_mask[:, None], memory_mask[:, None, None, :])
@@ -186,10 +227,10 @@ class Bart(nn.Module):
     """
 
     config: BartConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.shared = nn.Embed(
             config.vocab_size, config.d_model, dtype=self.dtype, embedding_init=nn.initializers.normal(INIT_STD)
@@ -198,31 +239,39 @@ class Bart(nn.Module):
         self.encoder = BartEncoder(config, self.dtype, self.remat)
         self.decoder = BartDecoder(config, self.dtype, self.remat)
 
-    def _embed(self, ids: jax.Array) -> jax.Array:
+    def _embed(self, ids: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
         embedded = self.shared(ids)
         return embedded * self.config.d_model**0.5 if self.config.scale_embedding else embedded
 
-    def encode(self, input_ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        """input_ids [B, S] int32, mask [B, S] bool -> last hidden state [B, S, D]. UserError when S is too long."""
+    def encode(
+        self, input_ids: Int[ArrayLike, "B S"], mask: Bool[ArrayLike, "B S"], deterministic: bool = True
+    ) -> Float[Array, "B S D"]:
+        """The encoder's last hidden state. Raises UserError when S is too long."""
         return self.encoder(self._embed(input_ids), mask, deterministic)
 
-    def decode(self, decoder_input_ids, memory, memory_mask, deterministic: bool = True) -> jax.Array:
-        """decoder_input_ids [B, T], memory [B, M, D], memory_mask [B, M] bool -> hidden [B, T, D].
+    def decode(
+        self,
+        decoder_input_ids: Int[ArrayLike, "B T"],
+        memory: Float[ArrayLike, "B M D"],
+        memory_mask: Bool[ArrayLike, "B M"],
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's last hidden state.
 
         Causal, so right padding needs no decoder mask. `memory` is whatever the decoder shall read: here the image
-        prefix and the encoded text, concatenated. UserError when T is too long.
+        prefix and the encoded text, concatenated. Raises UserError when T is too long.
         """
         return self.decoder(self._embed(decoder_input_ids), memory, memory_mask, deterministic)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> [..., V] float32: the tied, unscaled embedding, and `final_logits_bias`, never trained."""
+    def logits(self, hidden: Float[ArrayLike, "... D"]) -> Float32[Array, "... V"]:
+        """The tied, unscaled embedding, and `final_logits_bias`, never trained."""
         table = self.shared.embedding.astype(self.dtype)
         hidden = hidden.astype(self.dtype)
         scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return scores + jax.lax.stop_gradient(self.final_logits_bias[0])  # a buffer in Hugging Face
 
-    def cross_cache(self, memory: jax.Array) -> KeyValue:
-        """Cross-attention keys and values of memory [B, M, D], once for all steps: leaves [layers, B, M, H, K]."""
+    def cross_cache(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
+        """Cross-attention keys and values of memory, once for all steps: leaves [layers, B, M, H, K]."""
         return self.decoder.project_memory(memory)
 
     def init_cache(self, batch: int, length: int) -> KeyValue:
@@ -232,17 +281,30 @@ class Bart(nn.Module):
         shape = (config.decoder_layers, batch, length, heads, config.d_model // heads)
         return KeyValue(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def decode_step(self, ids, positions, cache: KeyValue, cross: KeyValue, memory_mask, cache_mask):
-        """Q more decoder tokens per row, without dropout: (hidden [B, Q, D], new cache).
+    def decode_step(
+        self,
+        ids: Int[ArrayLike, "B Q"],
+        positions: Int[ArrayLike, "B Q"],
+        cache: KeyValue,
+        cross: KeyValue,
+        memory_mask: Bool[ArrayLike, "R M"],
+        cache_mask: Bool[ArrayLike, "B Q length"],
+    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
+        """Q more decoder tokens per row, without dropout: (hidden, new cache).
 
-        ids [B, Q] and positions [B, Q] int32, 0-based and free to differ between rows; cache from `init_cache`, cross
-        from `cross_cache`, memory_mask [B, M], cache_mask [B, Q, length]: which cache entries each token reads, its
-        own included. Keys and values are written at `positions`; a position >= length writes nothing. `cross` and
-        `memory_mask` may have fewer rows, B / W: row r then reads memory r // W, which W beams share.
+        Positions are 0-based and free to differ between rows; cache is from `init_cache`, cross from `cross_cache`;
+        cache_mask: which cache entries each token reads, its own included. Keys and values are written at
+        `positions`; a position >= length writes nothing. `cross` and `memory_mask` may have fewer rows, R = B / W:
+        row r then reads memory r // W, which W beams share.
         """
         return self.decoder.step(self._embed(ids), positions, cache, cross, memory_mask, cache_mask)
 
-    def __call__(self, input_ids: jax.Array, mask: jax.Array, decoder_input_ids: jax.Array) -> jax.Array:
-        """input_ids [B, S], mask [B, S], decoder_input_ids [B, T] -> logits [B, T, V] float32."""
+    def __call__(
+        self,
+        input_ids: Int[ArrayLike, "B S"],
+        mask: Bool[ArrayLike, "B S"],
+        decoder_input_ids: Int[ArrayLike, "B T"],
+    ) -> Float32[Array, "B T V"]:
+        """Teacher-forced logits of the tokens after each of `decoder_input_ids`."""
         memory = self.encode(input_ids, mask)
         return self.logits(self.decode(decoder_input_ids, memory, mask))

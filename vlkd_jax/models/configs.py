@@ -1,8 +1,10 @@
 """Sizes of CLIP and BART as frozen dataclasses, read from and written to Hugging Face's config.json."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 from vlkd_jax.errors import UserError
 
@@ -142,7 +144,7 @@ class ClipVisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @classmethod
-    def from_hf(cls, config: dict, source: str) -> Self:
+    def from_hf(cls, config: Any, source: str) -> ClipVisionConfig:
         """Read `vision_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
         fields = _Fields(config, CLIP_VISION_DEFAULTS, source, "vision_config.")
         fields.exactly("num_channels", 3, "images are RGB")
@@ -183,7 +185,7 @@ class ClipTextConfig:
     pad_token_id: int | None = 1
 
     @classmethod
-    def from_hf(cls, config: dict, source: str) -> Self:
+    def from_hf(cls, config: Any, source: str) -> ClipTextConfig:
         """Read `text_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
         fields = _Fields(config, CLIP_TEXT_DEFAULTS, source, "text_config.")
         fields.divisible("hidden_size", "num_attention_heads")
@@ -216,7 +218,7 @@ class ClipConfig:
     logit_scale_init_value: float = 2.6592
 
     @classmethod
-    def from_hf(cls, config: dict, source: str) -> Self:
+    def from_hf(cls, config: Any, source: str) -> ClipConfig:
         """Read config.json of a `CLIPModel`, as transformers 4 or 5 writes it.
 
         Absent keys, also whole absent towers, take Hugging Face's defaults. Attention dropout is not read: the
@@ -270,7 +272,7 @@ class BartConfig:
     forced_eos_token_id: int | None = 2
 
     @classmethod
-    def from_hf(cls, config: dict, source: str) -> Self:
+    def from_hf(cls, config: Any, source: str) -> BartConfig:
         """Read config.json of a BART, as transformers 4 or 5 writes it.
 
         Absent keys take Hugging Face's defaults; for `forced_bos_token_id` that is None, unless the old

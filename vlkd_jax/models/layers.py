@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vlkd_jax.types import Array, ArrayLike, DTypeLike, Float, Float32
+
 
 @jax.custom_vjp
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] times kernel [D, F].
+def _matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """x times kernel.
 
     The plain gradient asks for the kernel's cotangent transposed, for which the CPU compiler copies the activations'
     cotangent column by column and recomputes their activation function on the way: 2 to 3 times the time of this one.
@@ -20,11 +22,11 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array):
+def _matmul_forward(x: Float[Array, "... D"], kernel: Float[Array, "D F"]):
     return _matmul(x, kernel), (x, kernel)
 
 
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array):
+def _matmul_backward(saved: tuple[Float[Array, "... D"], Float[Array, "D F"]], g: Float[Array, "... F"]):
     x, kernel = saved
     rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     dx = lax.dot_general(g_rows, kernel, (((1,), (1,)), ((), ()))).reshape(x.shape)
@@ -43,20 +45,20 @@ Dense = functools.partial(nn.Dense, dot_general=_dot_general)
 """`flax.linen.Dense` with that gradient."""
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """x [..., E] scaled to unit length over its last axis, float32; a zero vector stays zero, its gradient finite."""
+def l2_normalize(x: Float[ArrayLike, "... E"]) -> Float32[Array, "... E"]:
+    """x scaled to unit length over its last axis; a zero vector stays zero, its gradient finite."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x * Phi(x), through erf (jax.nn.gelu's erfc costs several times as much on a CPU). Any shape."""
+def gelu(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """Exact GELU, x * Phi(x), through erf (jax.nn.gelu's erfc costs several times as much on a CPU)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # below it, 1 + erf cancels
     return (wide * (0.5 * (1 + lax.erf(wide * 0.7071067811865476)))).astype(x.dtype)
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(1.702 x), the approximation OpenAI trained CLIP with. Any shape."""
+def quick_gelu(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """x * sigmoid(1.702 x), the approximation OpenAI trained CLIP with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -68,6 +70,6 @@ ACTIVATION_FUNCTIONS = {
 }
 
 
-def layer_norm(epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: DTypeLike) -> nn.LayerNorm:
     """Layer norm with float32 statistics and output in `dtype`; two-pass variance, as torch computes it."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False)

@@ -10,14 +10,14 @@ import numpy as np
 from vlkd_jax.models.bart import Bart, join_memory, shift_right
 from vlkd_jax.models.configs import BartConfig
 from vlkd_jax.models.layers import Dense, l2_normalize
-from vlkd_jax.types import Array
+from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
 
 
 class Whitening(nn.Module):
-    """A fixed affine map of [..., D], float32; `vlkd_jax.whitening` gives its values, until then it is the identity."""
+    """A fixed affine map, float32; `vlkd_jax.whitening` gives its values, until then it is the identity."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[ArrayLike, "... D"]) -> Float32[Array, "... D"]:
         width = x.shape[-1]
         mean = self.param("mean", nn.initializers.zeros, (width,))
         matrix = self.param("matrix", lambda _: jnp.eye(width))
@@ -40,10 +40,10 @@ class Student(nn.Module):
     joint_width: int
     sentence_position: str = "eos"
     whiten: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
         self.bart = Bart(self.config, dtype=self.dtype, remat=self.remat)
         init = nn.initializers.normal(0.02)
         self.sentence_projection = Dense(self.joint_width, use_bias=False, dtype=jnp.float32, kernel_init=init)
@@ -51,44 +51,62 @@ class Student(nn.Module):
         self.image_whitening = Whitening() if self.whiten else None
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
 
-    def __call__(self, image_tokens: Array, source_ids: Array, source_mask: Array, target_ids: Array) -> Array:
-        """Teacher-forced logits [B, T, V]; also what initialises every parameter.
+    def __call__(
+        self,
+        image_tokens: Float[ArrayLike, "B N E"],
+        source_ids: Int[ArrayLike, "B S"],
+        source_mask: Bool[ArrayLike, "B S"],
+        target_ids: Int[ArrayLike, "B T"],
+    ) -> Float32[Array, "B T V"]:
+        """Teacher-forced logits; also what initialises every parameter.
 
         Args:
-          image_tokens: float [B, N, E], the teacher's.
-          source_ids, source_mask: [B, S], the corrupted caption.
-          target_ids: int32 [B, T], the clean caption from `<s>` on.
+          image_tokens: the teacher's, E wide or as wide as its image tower.
+          source_ids, source_mask: the corrupted caption.
+          target_ids: the clean caption from `<s>` on.
         """
         hidden = self.encode(source_ids, source_mask)
         self.embed_sentence(hidden, source_mask)
         memory, mask = self.memory(self.image_prefix(image_tokens), hidden, source_mask)
         return self.decode_logits(target_ids, memory, mask)
 
-    def encode(self, ids: Array, mask: Array, deterministic: bool = True) -> Array:
-        """BART's encoder states [B, S, D] of ids [B, S]."""
+    def encode(
+        self, ids: Int[ArrayLike, "B S"], mask: Bool[ArrayLike, "B S"], deterministic: bool = True
+    ) -> Float[Array, "B S D"]:
+        """BART's encoder states. Raises UserError when S is too long."""
         return self.bart.encode(ids, mask, deterministic=deterministic)
 
-    def embed_sentence(self, hidden: Array, mask: Array, unit: bool = True) -> Array:
-        """Sentence embedding [B, E] of encoder states [B, S, D]: the state at `</s>` (or `<s>`), projected."""
+    def embed_sentence(
+        self, hidden: Float[ArrayLike, "B S D"], mask: Bool[ArrayLike, "B S"], unit: bool = True
+    ) -> Float32[Array, "B E"]:
+        """Sentence embedding of encoder states: the state at `</s>` (or `<s>`), projected, L2-normalised if `unit`."""
         position = jnp.sum(mask, -1) - 1 if self.sentence_position == "eos" else jnp.zeros(mask.shape[0], jnp.int32)
         state = jnp.take_along_axis(hidden, position[:, None, None], 1)[:, 0]
         projected = self.sentence_projection(state.astype(jnp.float32))
         return l2_normalize(projected) if unit else projected
 
-    def image_prefix(self, tokens: Array) -> Array:
-        """Decoder memory [B, N, D] of the teacher's image tokens [B, N, E]."""
+    def image_prefix(self, tokens: Float[ArrayLike, "B N E"]) -> Float[Array, "B N D"]:
+        """Decoder memory of the teacher's image tokens."""
         return self.image_projection(self.image_whitening(tokens) if self.whiten else tokens)
 
-    def memory(self, prefix: Array, hidden: Array, mask: Array) -> tuple[Array, Array]:
-        """What the decoder reads: [prefix, hidden] [B, M, D] and its mask [B, M]."""
+    def memory(
+        self, prefix: Float[ArrayLike, "B N D"], hidden: Float[ArrayLike, "B S D"], mask: Bool[ArrayLike, "B S"]
+    ) -> tuple[Float[Array, "B M D"], Bool[Array, "B M"]]:
+        """What the decoder reads, prefix before hidden, and its mask."""
         keep = jnp.ones(prefix.shape[:2], bool)
         return join_memory((prefix.astype(hidden.dtype), keep), (hidden, mask))
 
-    def decode_logits(self, target_ids: Array, memory: Array, mask: Array, deterministic: bool = True) -> Array:
-        """Teacher-forced logits [B, T, V] float32 of target ids [B, T] (shifted right inside)."""
+    def decode_logits(
+        self,
+        target_ids: Int[ArrayLike, "B T"],
+        memory: Float[ArrayLike, "B M D"],
+        mask: Bool[ArrayLike, "B M"],
+        deterministic: bool = True,
+    ) -> Float32[Array, "B T V"]:
+        """Teacher-forced logits of target ids (shifted right inside). Raises UserError when T is too long."""
         inputs = shift_right(target_ids, self.config.decoder_start_token_id)
         return self.bart.logits(self.bart.decode(inputs, memory, mask, deterministic=deterministic))
 
-    def scale(self) -> Array:
+    def scale(self) -> Float32[Array, ""]:
         """The inverse temperature of the contrastive loss; the train step keeps it at 100 or less, as CLIP's."""
         return jnp.exp(self.logit_scale)
