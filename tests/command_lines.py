@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 from vlkd_jax import checkpoint, entry, train
+from vlkd_jax.commands import COMMANDS
 
 
 def fill_disk_after(step: int) -> None:
@@ -30,7 +31,7 @@ def child(case: dict, out: int, err: int) -> None:
         fill_disk_after(case["full_disk_after"])
     sys.argv = ["vlkd_jax.train", *case["argv"]]
     try:
-        entry.run(train.main, train.define_flags, required=("config", "workdir"))
+        entry.run(train.main, COMMANDS["train"])
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     except BaseException:

@@ -1,7 +1,8 @@
 """The `vlkd` command: help without jax, nearest names, the same entry points beneath; from an install and a wheel."""
 
-import ast
+import importlib.util
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from absl import flags
 from tiny import ROOT, environment
 
-from vlkd_jax import cli
+from vlkd_jax import cli, entry
+from vlkd_jax.commands import COLUMNS, COMMANDS, overview, usage
+from vlkd_jax.hf import random
+from vlkd_jax.shapes import make_models
 
 HEAVY = ("jax", "flax", "numpy", "absl", "orbax", "transformers")
 
@@ -59,33 +64,52 @@ def test_refusals_are_one_line(argv, told, capsys):
     assert err.startswith("error: ") and told in err
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_its_module_as_main(command, monkeypatch):
     calls = []
     monkeypatch.setattr(runpy, "run_module", lambda name, **options: calls.append((name, options, sys.argv)))
     monkeypatch.setattr(sys, "argv", ["vlkd"])
     cli.main([command, "--workdir=x", "--seed=1"])
     [(name, options, argv)] = calls
-    assert (name, options["run_name"]) == (cli.MODULES[command], "__main__")
+    assert (name, options["run_name"]) == (COMMANDS[command].module, "__main__")
     assert argv[1:] == ["--workdir=x", "--seed=1"]
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_names_the_flags_there_are(command):
-    """Read from the source, which defines them by literal names."""
-    tree = ast.parse((ROOT / "vlkd_jax" / f"{command}.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    defined = {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
-    told = {
-        line.split("=")[0].strip().removeprefix("--")
-        for line in cli.COMMANDS[command].splitlines()
-        if line.startswith("  --")
-    }
-    assert told - {"config.FIELD"} == defined - {"setup_seconds"}  # demo.sh passes that one
-    required = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "required"]
-    for name in ast.literal_eval(required[0]):
-        line = next(line for line in cli.COMMANDS[command].splitlines() if line.startswith(f"  --{name}="))
-        assert line.endswith("(required)")
+PROGRAMS = {**COMMANDS, "make_models": make_models.COMMAND, "random": random.COMMAND}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_and_flags_tell_the_same(name):
+    """Each option is told unless hidden, with its default and whether it is required."""
+    command = PROGRAMS[name]
+    assert importlib.util.find_spec(command.module)
+    values = flags.FlagValues()
+    entry.define(command.options, values)
+    text = usage(command, "PROGRAM")
+    told = dict(re.findall(r"^  --([\w.]+)=\S+  +(\S.*)$", text, re.MULTILINE))
+    hidden = {option.name for option in command.options if option.hidden}
+    assert set(told) - {"config.FIELD"} == set(values) - hidden
+    assert ("config.FIELD" in told) == ("config" in values)
+    for option in command.options:
+        if option.hidden:
+            assert option.name not in text and not option.required
+            continue
+        assert values[option.name].default == option.default
+        assert told[option.name].endswith("(required)") == option.required
+        assert (f"(default {option.default})" in told[option.name]) == (option.default is not None)
+        assert (f"[--{option.name}=" in text) != option.required
+    given = set(re.findall(r"--(\w+)[=.]", command.example))
+    assert given <= set(values) and given >= {option.name for option in command.options if option.required}
+    assert all(len(line) <= COLUMNS for line in text.splitlines())
+
+
+def test_only_the_demo_hides_an_option():
+    assert [o.name for command in PROGRAMS.values() for o in command.options if o.hidden] == ["setup_seconds"]
+
+
+def test_the_list_of_commands():
+    lines = [f"  {name:8}  {command.summary}" for name, command in COMMANDS.items()]
+    assert set(lines) < set(overview().splitlines())
 
 
 def test_the_real_entry_point_answers():
@@ -94,11 +118,10 @@ def test_the_real_entry_point_answers():
     assert done.stderr == "error: missing --workdir=...; see --help\n"
 
 
-def test_help_of_a_module_names_its_flags():
+def test_help_of_a_module_is_that_of_its_command():
     done = run("--help", command=("-m", "vlkd_jax.train"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The training loop")
-    assert "--workdir=...  directory of the run (required)" in done.stdout
+    assert done.stdout == usage(COMMANDS["train"], "python -m vlkd_jax.train") + "\n"
 
 
 TINY_RUN = [
@@ -205,9 +228,9 @@ def test_the_demo_of_a_wheel_starts(from_wheel):
     """Up to its training, with few questions: the models were read and the student evaluated by then."""
     code = (
         "from vlkd_jax import entry; from vlkd_jax.shapes import demo; from vlkd_jax.configs import suites; "
-        "small = dict(questions=7, captions=2, retrieval=2, text_questions=7); "
+        "from vlkd_jax.commands import COMMANDS; small = dict(questions=7, captions=2, retrieval=2, text_questions=7); "
         "[suites.SUITES[name].update(small) for name in demo.SUITES]; "
-        "entry.run(demo.main, demo.define_flags)"
+        "entry.run(demo.main, COMMANDS['demo'])"
     )
     told = []
     with from_wheel.start("python", "-c", code, "--workdir=demo", stderr=subprocess.STDOUT) as process:

@@ -1,13 +1,18 @@
 """How a program ends: one line and a documented exit code for what the user can mend, a traceback for the rest."""
 
+import dataclasses
 import errno
 import os
 import threading
 
 import pytest
+from absl import flags
 
 from vlkd_jax import entry
+from vlkd_jax.commands import Command, Option
 from vlkd_jax.errors import UserError
+
+PROGRAM = Command("program", "", "Does nothing.", (), "")
 
 
 def ending(capsys, error):
@@ -17,7 +22,7 @@ def ending(capsys, error):
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        entry.run(main, lambda: None, argv=["program"])
+        entry.run(main, PROGRAM, argv=["program"])
     return caught.value.code, capsys.readouterr().err
 
 
@@ -36,10 +41,34 @@ def test_exit_codes(capsys, monkeypatch):
 
 
 def test_a_program_that_succeeds_just_returns(capsys):
-    assert entry.run(lambda: None, lambda: None, argv=["program"]) is None
+    assert entry.run(lambda: None, PROGRAM, argv=["program"]) is None
     with pytest.raises(SystemExit):
-        entry.run(lambda: None, lambda: None, argv=["program", "stray"])
+        entry.run(lambda: None, PROGRAM, argv=["program", "stray"])
     assert "stray" in capsys.readouterr().err
+
+
+def test_every_kind_of_option():
+    options = (
+        Option("text", "TEXT", "words"),
+        Option("count", "N", "how many", kind="integer", default=3, minimum=1),
+        Option("share", "X", "how much", kind="number", default=0.5, minimum=0),
+        Option("size", "SIZE", "how large", kind="choice", default="base", choices=("base", "tiny")),
+    )
+    values = flags.FlagValues()
+    entry.define(options, values)
+    values(["program"])
+    assert (values.text, values.count, values.share, values.size) == (None, 3, 0.5, "base")
+    for wrong in ("--count=0", "--count=x", "--share=-1", "--size=large"):
+        with pytest.raises(flags.IllegalFlagValueError):
+            values(["program", wrong])
+    with pytest.raises(ValueError, match="--text is of unknown kind 'words'"):
+        entry.define([Option("text", "TEXT", "words", kind="words")], flags.FlagValues())
+
+
+def test_help_is_told_before_flags_are_read(capsys):
+    program = dataclasses.replace(PROGRAM, options=(Option("text", "TEXT", "words", required=True),))
+    entry.run(lambda: pytest.fail("it ran"), program, argv=["program", "--unknown", "-h"])
+    assert capsys.readouterr().out.startswith("usage: python -m program --text=TEXT\n\nDoes nothing.\n")
 
 
 def test_threads_that_read_ahead_do_not_keep_it_alive(capsys, monkeypatch):

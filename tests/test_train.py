@@ -210,9 +210,10 @@ def test_bad_records_are_passed_over_and_told(assets, tmp_path, capsys):
 SLOWED = """
 import time
 from vlkd_jax import entry, train
+from vlkd_jax.commands import COMMANDS
 log = train._Loop._log
 train._Loop._log = lambda *arguments: (log(*arguments), time.sleep(0.2))
-entry.run(train.main, train.define_flags, ("config", "workdir"))
+entry.run(train.main, COMMANDS["train"])
 """
 
 

@@ -1,7 +1,4 @@
-"""What every entry point shares: flags read, one line for a user's mistake, documented exit codes.
-
-Exit codes: 0 done, 1 a fault of the program (traceback), 2 a mistake in what the user gave, 3 training diverged.
-"""
+"""What every entry point shares: flags read, one line for a user's mistake, the exit codes of `commands.EXIT_CODES`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,9 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
+from ml_collections import config_flags
 
+from vlkd_jax.commands import Command, Option, usage
 from vlkd_jax.config import config_path
 from vlkd_jax.errors import UserError
 
@@ -26,29 +25,24 @@ class Diverged(UserError):
     """Too many updates in a row were not finite."""
 
 
-def run(
-    main: Callable[[], None],
-    define_flags: Callable[[], None],
-    required: Sequence[str] = (),
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Defines and parses the flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
+def run(main: Callable[[], None], command: Command, argv: Sequence[str] | None = None) -> None:
+    """Defines and parses the command's flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
 
     Flags are defined here and not on import, so that entry points can import one another. With `--help` it prints the
-    module's docstring and its flags instead.
+    command's help instead.
     """
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing
-    argv, others = sys.argv if argv is None else argv, set(flags.FLAGS)
-    try:
-        define_flags()
-    except flags.Error as e:  # ml_collections looks into a --flagfile here already
-        _leave(str(e), 2)
+    argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv[1:]):
-        print(_usage(main.__globals__["__doc__"], [name for name in flags.FLAGS if name not in others], required))
+        print(usage(command, f"python -m {command.module}"))
         return
     try:
-        parse(argv, required)
+        define(command.options)
+    except flags.Error as e:  # ml_collections looks into a --flagfile here already
+        _leave(str(e), 2)
+    try:
+        parse(argv, [option.name for option in command.options if option.required])
         main()
     except UserError as e:
         _leave(str(e), 3 if isinstance(e, Diverged) else 2)
@@ -60,9 +54,27 @@ def run(
         _leave(f"{e.filename or 'a file of this run'}: no space left to write it; free some space and start again", 2)
 
 
-def _usage(description: str, names: Sequence[str], required: Sequence[str]) -> str:
-    lines = [f"  --{name}=...  {flags.FLAGS[name].help}{' (required)' * (name in required)}" for name in names]
-    return "\n".join([description.strip(), "", *lines])
+def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines a flag in `values` for each option.
+
+    Raises:
+      flags.Error: a --flagfile on the command line that cannot be read.
+    """
+    for option in options:
+        common = {"name": option.name, "default": option.default, "help": option.help, "flag_values": values}
+        match option.kind:
+            case "config":
+                config_flags.DEFINE_config_file(option.name, help_string=option.help, flag_values=values)
+            case "string":
+                flags.DEFINE_string(**common)
+            case "integer":
+                flags.DEFINE_integer(**common, lower_bound=option.minimum)
+            case "number":
+                flags.DEFINE_float(**common, lower_bound=option.minimum)
+            case "choice":
+                flags.DEFINE_enum(**common, enum_values=option.choices)
+            case kind:
+                raise ValueError(f"--{option.name} is of unknown kind {kind!r}")
 
 
 def _leave(message: str, code: int) -> None:

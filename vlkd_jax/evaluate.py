@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from vlkd_jax import entry, sharding
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import with_defaults
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.distill import Objective, make_objective
@@ -112,13 +113,6 @@ def circumstances(seed: int) -> dict[str, Any]:
     }
 
 
-def define_flags() -> None:
-    """The flags of this entry point."""
-    config_flags.DEFINE_config_file("config", None, "suites:NAME[,NAME], or FILE.py")
-    flags.DEFINE_string("checkpoint", None, "workdir of a training run")
-    flags.DEFINE_string("workdir", None, "directory that receives metrics.json and the predictions")
-
-
 def main() -> None:
     """Entry point."""
     suites = flags.FLAGS.config
@@ -156,4 +150,4 @@ def _headlines(metrics: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
-    entry.run(main, define_flags, required=("config", "checkpoint", "workdir"))
+    entry.run(main, COMMANDS["evaluate"])

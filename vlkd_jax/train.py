@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from clu import parameter_overview
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import text_lengths, train_sources, train_stream
@@ -292,16 +293,10 @@ class _Loop:
         return state
 
 
-def define_flags() -> None:
-    """The flags of this entry point."""
-    config_flags.DEFINE_config_file("config", None, "a config of the package, e.g. shapes_vlkd, or FILE.py")
-    flags.DEFINE_string("workdir", None, "directory of the run")
-
-
 def main() -> None:
     """Entry point."""
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    entry.run(main, define_flags, required=("config", "workdir"))
+    entry.run(main, COMMANDS["train"])

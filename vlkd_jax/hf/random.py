@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from vlkd_jax import entry
+from vlkd_jax.commands import Command, Option
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import WEIGHTS
@@ -74,13 +75,31 @@ def _draw(module: Any, seed: int, *inputs: jax.Array) -> Any:
     return jax.jit(module.init)(jax.random.key(seed), *inputs)["params"]
 
 
-def define_flags() -> None:
-    """The flags of this entry point."""
-    flags.DEFINE_string("clip_tokenizer", None, "directory with CLIP's vocab.json and merges.txt, or tokenizer.json")
-    flags.DEFINE_string("bart_tokenizer", None, "directory with BART's vocab.json and merges.txt, or tokenizer.json")
-    flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
-    flags.DEFINE_enum("size", "base", SIZES, "L/14 and BART-large, B/32 and BART-base, or for tests")
-    flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
+COMMAND = Command(
+    module="vlkd_jax.hf.random",
+    summary="write random models around given tokenizers",
+    description="Writes random CLIP and BART directories of real or tiny size around given tokenizers, to try things "
+    "without weights. OUT receives clip/ and bart/.",
+    options=(
+        Option(
+            "clip_tokenizer", "DIR", "directory with CLIP's vocab.json and merges.txt, or tokenizer.json", required=True
+        ),
+        Option(
+            "bart_tokenizer", "DIR", "directory with BART's vocab.json and merges.txt, or tokenizer.json", required=True
+        ),
+        Option("output", "OUT", "directory that receives clip/ and bart/", required=True),
+        Option(
+            "size",
+            "SIZE",
+            "large (ViT-L/14, BART-large), base (ViT-B/32, BART-base) or tiny",
+            kind="choice",
+            default="base",
+            choices=SIZES,
+        ),
+        Option("seed", "N", "of the weights", kind="integer", default=0, minimum=0),
+    ),
+    example="--clip_tokenizer=clip-vit-base-patch32 --bart_tokenizer=bart-base --output=models",
+)
 
 
 def main() -> None:
@@ -92,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, define_flags, required=("clip_tokenizer", "bart_tokenizer", "output"))
+    entry.run(main, COMMAND)

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from vlkd_jax import entry
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
 from vlkd_jax.distill import make_objective
 from vlkd_jax.evaluate import circumstances, write_predictions
@@ -146,13 +147,6 @@ def _rows(figures: dict[str, Any]) -> list[tuple]:
     return [*rows, ("  CLIP's own text tower", "", retrieval["clip_r_at_1"], "", "", retrieval["n"])]
 
 
-def define_flags() -> None:
-    """The flags of this entry point."""
-    flags.DEFINE_string("workdir", None, "directory that receives everything")
-    flags.DEFINE_integer("seed", 0, "of training and of the held-out questions", lower_bound=0)
-    flags.DEFINE_float("setup_seconds", 0.0, "how long the set-up took, for demo.json")
-
-
 def main() -> None:
     """Entry point."""
     workdir = output_directory(flags.FLAGS.workdir)
@@ -163,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, define_flags, required=("workdir",))
+    entry.run(main, COMMANDS["demo"])

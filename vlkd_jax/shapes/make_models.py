@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from vlkd_jax.commands import Command, Option
 from vlkd_jax.config import model_directory
 from vlkd_jax.entry import run
 from vlkd_jax.evaluate import load_run
@@ -173,11 +174,18 @@ def export_models(output: Path, runs: Path) -> None:
         copy_tokenizer(model_directory(config[name]), output / name)
 
 
-def define_flags() -> None:
-    """The flags of this entry point."""
-    flags.DEFINE_string("output", None, "directory that receives clip/ and bart/")
-    flags.DEFINE_string("runs", None, "directory of the training runs clip/ and bart/; empty: random weights")
-    flags.DEFINE_integer("seed", 0, "seed of the corpus and of the random weights")
+COMMAND = Command(
+    module="vlkd_jax.shapes.make_models",
+    summary="make the models of the built-in world",
+    description="Makes the tiny CLIP and BART directories of the built-in world: tokenizers trained on its texts and "
+    "random weights, or, with --runs, the models pre-trained from those. launch/shapes_models.sh is the whole recipe.",
+    options=(
+        Option("output", "DIR", "directory that receives clip/ and bart/", required=True),
+        Option("runs", "RUNS", "directory of the training runs clip/ and bart/; without it, random weights"),
+        Option("seed", "N", "of the corpus and of the random weights", kind="integer", default=0, minimum=0),
+    ),
+    example="--output=runs/shapes_models/init",
+)
 
 
 def main() -> None:
@@ -191,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, define_flags, required=("output",))
+    run(main, COMMAND)
