@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
                 "images": "",  # folder: where the images lie
                 "validation_every": 20,  # folder: one image in so many is held out, with all its captions
-                "replay": "",  # texts for loss.text and retention: shapes_texts, captions, a file (a text a line)
+                "replay": "",  # texts for loss.denoise and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)
                 "text_length": 64,  # tokens of a clean caption, <s> and </s> included
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
                 "ttdm": 1.0,
                 "itcl": 1.0,
                 "icti": 1.0,
-                "text": 0.0,  # text-only denoising of data.replay
+                "denoise": 0.0,  # text-only denoising of data.replay
                 "l2": 0.0,  # pull of BART's parameters towards their start: half the squared distance
             },
             "optim": {

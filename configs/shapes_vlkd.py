@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.source_length = 32
     config.data.context_length = 30
     config.data.replay_length = 32
-    config.loss.text = 0.3
+    config.loss.denoise = 0.3
     config.data.replay = "shapes_texts"  # the world's texts, without pictures: what was learned of them stays
     config.optim.lr = 3e-4
     config.optim.lr_linears = 5e-3

@@ -12,7 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("vlkd_jax.models", "vlkd_jax.losses", "vlkd_jax.decoding", "vlkd_jax.whitening")
+CHECKED = ("vlkd_jax.models", "vlkd_jax.losses", "vlkd_jax.decoding", "vlkd_jax.whitening", "vlkd_jax.tasks")
 """Modules whose annotations, shapes included, hold at every call in the tests; the hook must precede their import."""
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -96,6 +96,9 @@ def flag_cases(assets, place):
         "unknown group": Case(
             [*plain, "--config.optimm.lr=1"], ["config.optimm.lr", "did you mean", "config.optim.lr"]
         ),
+        "unknown, and near to nothing": Case(
+            [*plain, "--config.loss.text=1"], ["unknown config key --config.loss.text"]
+        ),
         "unknown flag": Case([*plain, "--workdirr=x"], ["workdirr", "workdir"]),
         "a word for a number": Case([*plain, "--config.steps=many"], ["config.steps", "many"]),
         "a fraction for a whole number": Case([*plain, "--config.steps=1.5"], ["config.steps", "1.5"]),
@@ -218,7 +221,7 @@ def results(assets, place):
         done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment(), cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert digest(assets) == before  # models are read only
-        return {name: (case, found) for (name, case), found in zip(cases.items(), json.loads(done.stdout))}
+        return {name: (case, result) for (name, case), result in zip(cases.items(), json.loads(done.stdout))}
 
     return run
 
@@ -241,13 +244,13 @@ def test_one_line_that_names_what_to_mend(results, place, group):
 
 def test_runs_that_would_harm_another(results, place):
     """A workdir of another config is left alone; a full disk leaves the last checkpoint, and the run goes on later."""
-    found = results("runs")
-    for name, (case, result) in found.items():
+    tried = results("runs")
+    for name, (case, result) in tried.items():
         check(name, case, result)
     assert json.loads((place / "run_used" / "config.json").read_text())["seed"] == 0
     assert [path.name for path in (place / "run_used").iterdir()] == ["config.json"]
     assert [p.name for p in (place / "run_disk" / "checkpoints").iterdir()] == ["step_00000002"]
-    again = command_line("train", found["no space"][0].argv)
+    again = command_line("train", tried["no space"][0].argv)
     assert again.returncode == 0, again.stderr
     assert "step 2 of 6" in again.stdout and "step 6/6" in again.stdout
 

@@ -1,7 +1,11 @@
-"""Checkpoints: bit-equal round trips, damage found and passed over, kills, full disks, mismatches, two processes."""
+"""Checkpoints: bit-equal round trips, whole and in parts, damage found and passed over, kills, full disks, mismatches,
+other formats, two processes.
+"""
 
 import errno
 import functools
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -11,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +24,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import tiny_config
 
 from vlkd_jax import checkpoint
 from vlkd_jax.checkpoint import MANIFEST, Checkpoints
 from vlkd_jax.errors import UserError
-
-
-class State(NamedTuple):
-    step: Any
-    params: Any
-    opt_state: Any
-    rng: Any
+from vlkd_jax.train import train
+from vlkd_jax.vlkd import load_run
 
 
 def sharding_of(count: int):
@@ -42,7 +42,7 @@ def sharding_of(count: int):
 
 @functools.cache
 def state_maker(count: int, width: int):
-    """Jitted function seed -> State; the optimizer's state has empty and masked parts."""
+    """Jitted function seed -> parts of a state; the optimizer's has empty and masked branches."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.multi_transform({"slow": optax.adamw(1e-3), "frozen": optax.set_to_zero()}, {"a": "slow", "b": "frozen"}),
@@ -55,13 +55,13 @@ def state_maker(count: int, width: int):
             "b": {"scale": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-40])},
         }
         opt_state = jax.tree.map(lambda x: x + jnp.asarray(0.3, x.dtype), optimizer.init(params))
-        return State(seed, params, opt_state, jax.random.key_data(key))
+        return {"params": params, "opt_state": opt_state, "progress": {"step": seed, "rng": jax.random.key_data(key)}}
 
     shape = jax.eval_shape(init, jnp.int32(0))
     return jax.jit(init, out_shardings=jax.tree.map(sharding_of(count), shape))
 
 
-def make_state(seed: int, count: int = 1, width: int = 8) -> State:
+def make_state(seed: int, count: int = 1, width: int = 8) -> dict[str, Any]:
     """Params in float32 and bfloat16, optimizer state, step and key over the first `count` devices."""
     return state_maker(count, width)(jnp.int32(seed))
 
@@ -102,7 +102,7 @@ def test_round_trip_is_bit_equal_on_any_number_of_devices(tmp_path, saved_on, lo
         step, loaded, meta = checkpoints.restore(abstract(state, loaded_on))
     assert (step, meta) == (7, {"examples": 448, "note": "é"})
     assert_same_bits(state, loaded)
-    assert len(loaded.params["a"]["kernel"].sharding.device_set) == loaded_on
+    assert len(loaded["params"]["a"]["kernel"].sharding.device_set) == loaded_on
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -149,7 +149,7 @@ def test_50_random_flips_and_truncations_are_all_found(tmp_path, capsys):
 def test_incomplete_steps_are_passed_over_and_kept(tmp_path, capsys):
     save_steps(tmp_path, 10, 20, 30)
     (tmp_path / "step_00000020" / MANIFEST).unlink()
-    shutil.rmtree(tmp_path / "step_00000030" / "state" / "d")
+    shutil.rmtree(tmp_path / "step_00000030" / "opt_state" / "d")
     (tmp_path / "step_00000040").mkdir()
     (tmp_path / "step_notes").mkdir()
     (tmp_path / "step_00000050.orbax-checkpoint-tmp").mkdir()
@@ -172,7 +172,7 @@ def test_only_the_last_good_steps_are_kept(tmp_path):
 
 def test_what_was_not_seen_to_be_good_does_not_count_as_kept(tmp_path):
     save_steps(tmp_path, 10, 20, 30)
-    file = next(path for path in (tmp_path / "step_00000030" / "state").rglob("d/*"))
+    file = next(path for path in (tmp_path / "step_00000030" / "params").rglob("d/*"))
     file.write_bytes(file.read_bytes()[::-1])
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore(abstract(make_state(0)))[0] == 20
@@ -204,7 +204,7 @@ WRITER = """
 import sys
 import jax, jax.numpy as jnp
 from vlkd_jax.checkpoint import Checkpoints
-make = jax.jit(lambda step: {"w": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
+make = jax.jit(lambda step: {"params": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
 checkpoints = Checkpoints(sys.argv[1], keep=2)
 step = (checkpoints.latest() or 0) + 1
 while True:
@@ -217,7 +217,7 @@ while True:
 
 def test_sigkill_during_a_save_leaves_a_complete_step(tmp_path):
     chance = random.Random(1)
-    make = jax.jit(lambda step: {"w": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
+    make = jax.jit(lambda step: {"params": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
     for _ in range(4):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True)
         complete = int(writer.stdout.readline())
@@ -265,8 +265,8 @@ def test_a_disk_that_fills_while_the_manifest_is_written(tmp_path, monkeypatch, 
 
 
 def test_a_disk_that_fills_while_arrays_are_written(tmp_path, monkeypatch):
-    def save_async(path, state):
-        (path.parent / f"{path.name}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    def save_async(path, parts):
+        (path.parent / f"{path.name}.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
 
         def result():
             raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9760768 bytes: No space left on device")
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_while_arrays_are_written(tmp_path, monkeypatch):
         return SimpleNamespace(result=result)
 
     save_steps(tmp_path, 10)
-    monkeypatch.setattr(checkpoint.ocp, "save_async", save_async)
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", save_async)
     with pytest.raises(UserError, match="no space"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(20, make_state(20), {})
     assert step_names(tmp_path) == ["step_00000010"] and restore(tmp_path)[0] == 10
@@ -291,29 +291,37 @@ def test_another_failure_of_the_writer_comes_out_at_the_next_save(tmp_path, monk
     assert checkpoints.latest() is None
 
 
-def change_shape(state):
-    return state._replace(rng=jax.ShapeDtypeStruct((3,), state.rng.dtype, sharding=state.rng.sharding))
+def change_shape(parts):
+    rng = parts["progress"]["rng"]
+    other = jax.ShapeDtypeStruct((3,), rng.dtype, sharding=rng.sharding)
+    return parts | {"progress": parts["progress"] | {"rng": other}}
 
 
-def change_dtype(state):
-    return state._replace(step=jax.ShapeDtypeStruct((), jnp.float32, sharding=state.step.sharding))
+def change_dtype(parts):
+    step = jax.ShapeDtypeStruct((), jnp.float32, sharding=parts["progress"]["step"].sharding)
+    return parts | {"progress": parts["progress"] | {"step": step}}
 
 
-def add_leaf(state):
-    return state._replace(params=state.params | {"more": state.step})
+def add_leaf(parts):
+    return parts | {"params": parts["params"] | {"more": parts["progress"]["step"]}}
 
 
-def drop_leaf(state):
-    return state._replace(params={"a": state.params["a"]})
+def drop_leaf(parts):
+    return parts | {"params": {"a": parts["params"]["a"]}}
+
+
+def add_part(parts):
+    return parts | {"average": {"a": parts["progress"]["step"]}}
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (change_shape, ["rng", "uint32[2]", "uint32[3]"]),
-        (change_dtype, ["step", "int32[]", "float32[]"]),
+        (change_shape, ["progress/rng is uint32[2] there, uint32[3] here"]),
+        (change_dtype, ["progress/step is int32[] there, float32[] here"]),
         (add_leaf, ["params/more is not in it"]),
         (drop_leaf, ["params/b/scale is only in it"]),
+        (add_part, ["it has no part average", "average/a is not in it"]),
     ],
 )
 def test_a_checkpoint_of_another_model_stops_the_run(tmp_path, capsys, change, words):
@@ -341,11 +349,185 @@ def test_mistakes_of_the_caller(tmp_path):
         assert not (tmp_path / "none").exists()
         with pytest.raises(TypeError):
             checkpoints.save(1, make_state(1), {"array": np.zeros(2)})
+        with pytest.raises(ValueError, match="params/half"):  # at a slash Orbax would wait for ten minutes
+            checkpoints.save(1, {"params/half": make_state(1)["params"]}, {})
+        with pytest.raises(ValueError, match="at least one part"):
+            checkpoints.restore({})
         with pytest.raises(ValueError, match="sharding"):
             checkpoints.restore(jax.eval_shape(lambda: make_state(0)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(1, make_state(1), {})
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def largest(directory: Path) -> Path:
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+ALL = ("params", "opt_state", "progress")
+
+
+@pytest.mark.parametrize("names", [("params",), ("opt_state",), ("progress", "params"), ALL])
+def test_some_parts_are_read_without_the_others(tmp_path, names):
+    """From eight devices to one, bit for bit."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, make_state(7, 8), {"examples": 448})
+    wanted = {name: part for name, part in abstract(make_state(0)).items() if name in names}
+    step, parts, meta = Checkpoints(tmp_path).restore(wanted)
+    assert (step, meta) == (7, {"examples": 448})
+    assert_same_bits(parts, {name: part for name, part in make_state(7).items() if name in names})
+
+
+def test_a_flip_in_any_file_of_one_part_stops_only_who_reads_it(tmp_path, capsys):
+    save_steps(tmp_path, 10, 20)
+    newest, wanted = tmp_path / "step_00000020", abstract(make_state(0))
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    seen = set()
+    for file in files:
+        content, part = file.read_bytes(), file.relative_to(newest).parts[0]
+        seen.add(part)
+        flip(file)
+        for name in ALL:
+            step, parts, meta = Checkpoints(tmp_path).restore({name: wanted[name]})
+            assert step == (20 if part in ALL and name != part else 10), (file, name)
+            assert meta == {"examples": 64 * step}
+            assert_same_bits(parts, {name: make_state(step)[name]})
+        assert restore(tmp_path)[0] == 10
+        file.write_bytes(content)
+    assert {*ALL, "_CHECKPOINT_METADATA", MANIFEST} <= seen
+    assert "passed over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "all missing"])
+def test_an_optimizer_that_is_visibly_damaged_is_told_where_it_is_not_read(tmp_path, capsys, damage):
+    """Even where no older step is left to read."""
+    save_steps(tmp_path, 20)
+    file = largest(tmp_path / "step_00000020" / "opt_state")
+    if damage == "all missing":
+        shutil.rmtree(tmp_path / "step_00000020" / "opt_state")
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    step, parts, _ = Checkpoints(tmp_path).restore({"params": abstract(make_state(0))["params"]})
+    assert step == 20
+    assert_same_bits(parts, {"params": make_state(20)["params"]})
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "step_00000020 is read without its damaged part: opt_state/" in warnings[0]
+    assert Checkpoints(tmp_path).latest() is None
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        restore(tmp_path)
+
+
+def test_a_step_read_in_part_does_not_count_as_kept(tmp_path):
+    """The parameters of step 20 are good and its optimizer is not: step 10 stays until two others are known to be."""
+    save_steps(tmp_path, 10, 20)
+    flip(largest(tmp_path / "step_00000020" / "opt_state"))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore({"params": abstract(make_state(0))["params"]})[0] == 20
+        checkpoints.save(30, make_state(30), {}, wait=True)
+        assert step_names(tmp_path) == ["step_00000010", "step_00000020", "step_00000030"]
+        checkpoints.save(20, make_state(20), {}, wait=True)  # written anew, for it is not known to be good
+        assert step_names(tmp_path) == ["step_00000020", "step_00000020.damaged-1", "step_00000030"]
+    assert_same_bits(restore(tmp_path)[1], make_state(30))
+
+
+def test_a_step_damaged_after_it_was_written_is_written_again(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, make_state(step), {}, wait=True)
+        flip(largest(tmp_path / "step_00000020" / "opt_state"))
+        assert checkpoints.restore(abstract(make_state(0)))[0] == 10
+        checkpoints.save(20, make_state(20), {}, wait=True)
+        assert_same_bits(checkpoints.restore(abstract(make_state(0)))[1], make_state(20))
+
+
+def test_meta_of_many_kilobytes(tmp_path):
+    hashes = {f"file_{i}": hashlib.sha256(bytes([i])).hexdigest() for i in range(200)}
+    meta = {"config_version": 3, "inputs": hashes, "model": {"layers": [1, 2], "rate": 0.1, "name": "é", "none": None}}
+    assert len(json.dumps(meta)) > 15_000
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), meta)
+    assert restore(tmp_path)[2] == meta
+
+
+def of_format(directory: Path, step: int, number: int) -> Path:
+    """A step as another version of the program wrote it: format 1 kept the whole state in one piece."""
+    path = directory / f"step_{step:08d}"
+    (path / "state" / "d").mkdir(parents=True)
+    (path / "state" / "d" / "0").write_bytes(b"arrays")
+    files = {"state/d/0": [6, hashlib.sha256(b"arrays").hexdigest()]}
+    tree = {"params/a/kernel": ["float32", [16, 8]]}
+    body = {"format": number, "step": step, "meta": {"examples": 1}, "tree": tree, "files": files}
+    line = json.dumps(body).encode() + b"\n"
+    seal = json.dumps({"sha256": hashlib.sha256(line).hexdigest()}).encode()
+    (path / MANIFEST).write_bytes(seal + b"\n" + line)
+    return path
+
+
+@pytest.mark.parametrize("number, age", [(1, "an older"), (3, "a newer")])
+def test_a_checkpoint_of_another_format_is_refused_and_left_alone(tmp_path, capsys, number, age):
+    save_steps(tmp_path, 10)  # an older step that could be read: it would take the run back unnoticed
+    path = of_format(tmp_path, 20, number)
+    before = contents(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        parts = abstract(make_state(0))
+        for use in (
+            checkpoints.latest,
+            lambda: checkpoints.restore(parts),
+            lambda: checkpoints.restore({"params": parts["params"]}),
+            lambda: checkpoints.save(20, make_state(20), {}),
+        ):
+            with pytest.raises(UserError) as caught:
+                use()
+            assert str(caught.value) == (
+                f"checkpoint {path} was written in format {number} by {age} version of vlkd_jax; this one reads "
+                "format 2: finish that run with the version that started it, or train again into another --workdir"
+            )
+    assert contents(tmp_path) == before and capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_of_another_format_is_never_pruned(tmp_path):
+    path = of_format(tmp_path, 1, 1)
+    before = contents(path)
+    save_steps(tmp_path, 2, 3, 4, keep=1)
+    assert step_names(tmp_path) == ["step_00000001", "step_00000004"] and contents(path) == before
+    assert restore(tmp_path)[0] == 4  # the newest can be read, whatever lies before it
+
+
+def test_a_run_of_format_1_neither_goes_on_nor_is_evaluated(assets, tmp_path):
+    """Nor does it begin anew, as it would if its checkpoint counted as damaged."""
+    config = tiny_config(assets, steps=1)
+    path = of_format(tmp_path / "checkpoints", 4, 1)
+    before = contents(path)
+    with pytest.raises(UserError, match="written in format 1 by an older version"):
+        train(config, tmp_path)
+    with pytest.raises(UserError, match="written in format 1 by an older version"):
+        load_run(tmp_path)
+    assert step_names(tmp_path / "checkpoints") == ["step_00000004"] and contents(path) == before
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_what_a_damaged_part_of_a_run_stops(assets, tmp_path, part):
+    """An evaluation reads parameters alone; training goes on from what is whole, and so begins step 2 again."""
+    state = train(tiny_config(assets, steps=2, save_every=1), tmp_path)
+    flip(largest(tmp_path / "checkpoints" / "step_00000002" / part))
+    _, params, step = load_run(tmp_path)
+    assert step == (2 if part == "opt_state" else 1)
+    if part == "opt_state":
+        assert_same_bits(params, state.params)
+    assert_same_bits(train(tiny_config(assets, steps=2, save_every=1), tmp_path), state)
+    assert step_names(tmp_path / "checkpoints") == ["step_00000001", "step_00000002", "step_00000002.damaged-1"]
 
 
 PROCESS = """
@@ -357,24 +539,29 @@ from vlkd_jax.errors import UserError
 directory, port, index = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-shardings = {"w": NamedSharding(mesh, P("data")), "n": NamedSharding(mesh, P())}
-make = jax.jit(lambda n: {"w": jnp.arange(8.0) * n, "n": n}, out_shardings=shardings)
+shardings = {"params": {"w": NamedSharding(mesh, P("data")), "n": NamedSharding(mesh, P())}}
+shardings["opt_state"] = shardings["params"]["n"]
+make = jax.jit(lambda n: {"params": {"w": jnp.arange(8.0) * n, "n": n}, "opt_state": n}, out_shardings=shardings)
 checkpoints = Checkpoints(directory, keep=2)
 for step in (1, 2, 3):
     checkpoints.save(step, make(step), {"step": step})
 checkpoints.wait()
 if index == "0":
-    file = next(path for path in (checkpoints.directory / "step_00000003").rglob("*_METADATA"))
-    file.write_bytes(file.read_bytes()[:-1])
+    file = checkpoints.directory / "step_00000003" / "opt_state" / "_METADATA"
+    file.write_bytes(file.read_bytes().swapcase())
 like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make, 0), shardings)
 step, state, meta = checkpoints.restore(like)
 assert step == 2 and meta == {"step": 2}, step
-for shard in state["w"].addressable_shards:
+for shard in state["params"]["w"].addressable_shards:
     assert np.array_equal(np.asarray(shard.data), np.arange(8.0)[shard.index] * 2)
+step, state, meta = checkpoints.restore({"params": like["params"]})
+assert step == 3 and list(state) == ["params"], (step, state)
+for shard in state["params"]["w"].addressable_shards:
+    assert np.array_equal(np.asarray(shard.data), np.arange(8.0)[shard.index] * 3)
 try:
-    checkpoints.restore({"n": like["n"]})
+    checkpoints.restore({"params": {"n": like["params"]["n"]}})
 except UserError as error:
-    print("refused", "w is only in it" in str(error), flush=True)
+    print("refused", "params/w is only in it" in str(error), flush=True)
 import vlkd_jax.checkpoint as module
 if index == "0":
     module._free_bytes = lambda directory: 0

@@ -7,7 +7,8 @@ import pytest
 from tiny import ROOT
 
 import vlkd_jax.configs
-from vlkd_jax.config import config_path, model_directory
+from vlkd_jax.config import config_path, model_directory, with_defaults
+from vlkd_jax.configs import base
 from vlkd_jax.errors import UserError
 
 SHIPPED = Path(vlkd_jax.configs.__file__).parent
@@ -41,6 +42,17 @@ def test_what_is_not_there_is_refused_and_never_guessed(tmp_path, monkeypatch):
         assert "base, folder, shapes_bart, shapes_clip, shapes_vlkd, suites" in refusal(config_path, value)
 
 
+def test_older_runs_are_read():
+    """A field that was renamed keeps its value, one that did not exist gets its default."""
+    written = base.get_config().to_dict()
+    written["loss"] = {"ttdm": 2.0, "text": 0.3}
+    del written["dtype"]
+    read = with_defaults(written)
+    assert read["loss"] == base.get_config().loss.to_dict() | {"ttdm": 2.0, "denoise": 0.3}
+    assert read["dtype"] == base.get_config().dtype and "text" in written["loss"]
+    assert with_defaults(read) == read
+
+
 def test_models():
     for name in ("clip", "bart"):
         directory = model_directory(f"builtin:shapes/{name}")
@@ -53,8 +65,8 @@ def test_models():
 
 def test_every_package_and_every_file_of_the_models_is_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vlkd_jax").rglob("__init__.py")}
-    assert {*found, "vlkd_jax.configs"} == set(settings["packages"])
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vlkd_jax").rglob("__init__.py")}
+    assert {*packages, "vlkd_jax.configs"} == set(settings["packages"])
     [(package, patterns)] = settings["package-data"].items()
     root = ROOT.joinpath(*package.split("."))
     listed = {path for pattern in patterns for path in root.glob(pattern)}

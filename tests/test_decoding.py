@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import bart_config
-from tiny import make_assets, tiny_config
+from tiny import generate, make_assets, tiny_config
 
 from vlkd_jax import decoding
-from vlkd_jax.distill import make_objective
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart
-from vlkd_jax.predict import Predictor
 from vlkd_jax.shapes.sources import ShapesPairs
+from vlkd_jax.tasks import make_task
+from vlkd_jax.vlkd import VLKD
 
 START, BOS, PAD, EOS = 2, 0, 1, 2
 NEW = 12
@@ -46,14 +46,19 @@ def model(wordy_bart):
 
 @functools.cache
 def compiled(bart):
-    return jax.jit(functools.partial(decoding.greedy, bart), static_argnames="max_new_tokens")
+    @functools.partial(jax.jit, static_argnames="max_new_tokens")
+    def run(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens):
+        projected = decoding.project_memory(bart, params, memory, memory_mask)
+        return decoding.greedy(bart, params, projected, prefix, prefix_mask, max_new_tokens)
+
+    return run
 
 
 def greedy(model, memory, memory_mask, prefix, prefix_mask, max_new_tokens=NEW):
     bart, params = model
-    found = compiled(bart)(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens=max_new_tokens)
-    assert found.shape == (len(prefix), max_new_tokens) and found.dtype == jnp.int32
-    return np.asarray(found)
+    generated = compiled(bart)(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens=max_new_tokens)
+    assert generated.shape == (len(prefix), max_new_tokens) and generated.dtype == jnp.int32
+    return np.asarray(generated)
 
 
 def padded(rows, width=None):
@@ -91,18 +96,18 @@ def naive(model, memory, memory_mask, rows, max_new_tokens=NEW, forced_eos=EOS):
             method="logits",
         )
     )
-    rows, found = [list(map(int, row)) for row in rows], [[] for _ in rows]
+    rows, generated = [list(map(int, row)) for row in rows], [[] for _ in rows]
     for step in range(max_new_tokens):
         logits = np.asarray(run(padded(rows, width)[0]))
         for k, row in enumerate(rows):
-            if EOS in found[k]:
+            if EOS in generated[k]:
                 continue
             token = int(logits[k, len(row) - 1].argmax())
             if step == max_new_tokens - 1 and forced_eos is not None:
                 token = forced_eos
-            found[k].append(token)
+            generated[k].append(token)
             row.append(token)
-    return padded(found, max_new_tokens)[0]
+    return padded(generated, max_new_tokens)[0]
 
 
 def varied(ids):
@@ -114,9 +119,9 @@ def varied(ids):
 def test_cached_is_naive(model, rng):
     memory, mask = encode(model, sources(rng, 8))
     rows = prefixes(rng, [0, 1, 2, 5, 9, 3, 0, 7])
-    found = greedy(model, memory, mask, *padded(rows))
-    np.testing.assert_array_equal(found, naive(model, memory, mask, rows))
-    varied(found)
+    generated = greedy(model, memory, mask, *padded(rows))
+    np.testing.assert_array_equal(generated, naive(model, memory, mask, rows))
+    varied(generated)
 
 
 def test_padding_is_not_seen(model, rng):
@@ -158,14 +163,14 @@ def test_neighbours_do_not_matter(model, rng):
 def test_ends(model, rng):
     memory, mask = encode(model, sources(rng, 40))
     prefix = padded(prefixes(rng, [0] * 40))
-    found = greedy(model, memory, mask, *prefix)
-    ends = (found == EOS).argmax(1)
-    assert (found == EOS).any(1).all()  # the last token is forced
+    generated = greedy(model, memory, mask, *prefix)
+    ends = (generated == EOS).argmax(1)
+    assert (generated == EOS).any(1).all()  # the last token is forced
     assert (ends < NEW - 1).sum() > 3 and (ends == NEW - 1).any()
-    for row, end in zip(found, ends):
+    for row, end in zip(generated, ends):
         assert (row[end + 1 :] == PAD).all() and (row[:end] != PAD).all()
     short = greedy(model, memory, mask, *prefix, max_new_tokens=3)
-    for row, longer in zip(short, found):
+    for row, longer in zip(short, generated):
         np.testing.assert_array_equal(row[:2], longer[:2])
     assert (short[:, 2][(short[:, :2] != EOS).all(1)] == EOS).all()
 
@@ -174,8 +179,8 @@ def test_ends(model, rng):
 def test_only_the_end_token_ends(model, rng, token):
     """Also where the model would rather say another special token, as an untrained one may."""
     memory, mask = encode(model, sources(rng, 3))
-    found = greedy(likely(model, token), memory, mask, *padded(prefixes(rng, [0, 2, 4])))
-    np.testing.assert_array_equal(found, [[token] * (NEW - 1) + [EOS]] * 3)
+    generated = greedy(likely(model, token), memory, mask, *padded(prefixes(rng, [0, 2, 4])))
+    np.testing.assert_array_equal(generated, [[token] * (NEW - 1) + [EOS]] * 3)
 
 
 def likely(model, token):
@@ -196,12 +201,12 @@ def test_no_step_follows_the_last_token(model, rng, monkeypatch, token, new, ste
 
     monkeypatch.setattr(decoding, "step", counted)
     memory, mask = encode(model, sources(rng, 3))
-    run = jax.jit(functools.partial(decoding.greedy, model[0], max_new_tokens=new))
-    found = np.asarray(run(likely(model, token)[1], memory, mask, *padded(prefixes(rng, [0, 2, 4]))))
+    run = functools.partial(compiled.__wrapped__(model[0]), max_new_tokens=new)
+    generated = np.asarray(run(likely(model, token)[1], memory, mask, *padded(prefixes(rng, [0, 2, 4]))))
     jax.effects_barrier()
     assert len(taken) == steps
     said = [EOS] + [PAD] * (new - 1) if token == EOS else [token] * (new - 1) + [EOS]
-    np.testing.assert_array_equal(found, [said] * 3)
+    np.testing.assert_array_equal(generated, [said] * 3)
 
 
 def test_nothing_is_forced_where_nothing_is_configured(model, rng):
@@ -209,9 +214,9 @@ def test_nothing_is_forced_where_nothing_is_configured(model, rng):
     free = Bart(dataclasses.replace(bart.config, forced_eos_token_id=None)), params
     memory, mask = encode(model, sources(rng, 20))
     rows = [[START]] * 20
-    found = greedy(free, memory, mask, *padded(rows))
-    assert (found[:, -1] != EOS).any()
-    np.testing.assert_array_equal(found, naive(free, memory, mask, rows, forced_eos=None))
+    generated = greedy(free, memory, mask, *padded(rows))
+    assert (generated[:, -1] != EOS).any()
+    np.testing.assert_array_equal(generated, naive(free, memory, mask, rows, forced_eos=None))
 
 
 def hugging_face(torch_model, texts, decoder_ids, new, **forced):
@@ -264,30 +269,21 @@ def test_prompts_with_a_forced_beginning_as_hugging_face(wordy_bart, model, rng)
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A distillation objective on the tiny models, its weights blown up so that the student's words vary."""
-    objective = make_objective(tiny_config(make_assets(tmp_path_factory.getbasetemp())))
-    params = jax.tree.map(np.asarray, objective.params)
+    """A distillation's task on the tiny models, its weights blown up so that the student's words vary."""
+    task = make_task(tiny_config(make_assets(tmp_path_factory.getbasetemp())))
+    params = jax.tree.map(np.asarray, task.load_params())
     params["bart"] = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params["bart"])
     params["image_projection"] = {"kernel": params["image_projection"]["kernel"] * 50}
-    return objective, params
+    return VLKD.of(task, params, task.load_frozen())
 
 
-def test_the_predictor_pads_batches_and_shares_images(student):
-    objective, params = student
-    source = ShapesPairs(0, "validation")
-    encode = dataclasses.replace(objective.encoder, bart_text=None, clip_text=None)
-    pixels = [encode(source[i], np.random.default_rng(0))["pixels"] for i in range(3)]
-    text = objective.encoder.bart_text
+def test_batches_are_padded_and_images_shared(student):
+    source, text = ShapesPairs(0, "validation"), student.bart_text
+    images = [source[i].image for i in range(3)]
     prompts = [text.encode(source[i].text)[: 2 + 3 * i] for i in range(7)]
     image_of = [0, 1, 2, 2, 1, 0, 1]
-    found = {}
-    for size in (2, 7, 16):
-        predictor = Predictor(objective, batch_size=size)
-        tokens, embedding = predictor.encode_images(pixels)
-        assert tokens.shape == (3, 5, 24) and embedding.shape == (3, 24)
-        np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, rtol=1e-5)
-        found[size] = predictor.generate(params, prompts, prompts, 6, tokens, image_of)
-    assert found[2] == found[7] == found[16] and len(found[2]) == 7
-    blind = predictor.generate(params, prompts, prompts, 6)
-    swapped = predictor.generate(params, prompts, prompts, 6, tokens[[1, 2, 0]], image_of)
-    assert blind != found[2] and swapped != found[2]
+    answers = {size: generate(student, size, prompts, prompts, 6, images, image_of) for size in (2, 7, 16)}
+    assert answers[2] == answers[7] == answers[16] and len(answers[2]) == 7
+    blind = generate(student, 16, prompts, prompts, 6)
+    swapped = generate(student, 16, prompts, prompts, 6, images[1:] + images[:1], image_of)
+    assert blind != answers[2] and swapped != answers[2]

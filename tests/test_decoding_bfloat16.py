@@ -29,18 +29,23 @@ def said(request):
     prefix_mask = np.arange(PREFIX) < rng.integers(2, PREFIX + 1, ROWS)[:, None]
     prefix = np.where(prefix_mask, rng.integers(3, 99, prefix_mask.shape), PAD).astype(np.int32)
     prefix[:, :2] = config.decoder_start_token_id, 0
-    decode = jax.jit(functools.partial(decoding.greedy, bart), static_argnames="max_new_tokens")
-    found = decode(params, memory, mask, prefix, prefix_mask, max_new_tokens=NEW)
-    return bart, params, memory, mask, prefix, prefix_mask, np.asarray(found)
+
+    @jax.jit
+    def decode(params, memory, mask, prefix, prefix_mask):
+        projected = decoding.project_memory(bart, params, memory, mask)
+        return decoding.greedy(bart, params, projected, prefix, prefix_mask, NEW)
+
+    tokens_said = decode(params, memory, mask, prefix, prefix_mask)
+    return bart, params, memory, mask, prefix, prefix_mask, np.asarray(tokens_said)
 
 
 def whole(said):
     """Decoder ids [B, PREFIX + NEW] (prefix, then what was said), and where in them each new token stands [B, NEW]."""
-    *_, prefix, prefix_mask, found = said
+    *_, prefix, prefix_mask, tokens_said = said
     ids, lengths = np.full((ROWS, PREFIX + NEW), PAD, np.int32), prefix_mask.sum(1)
     ids[:, :PREFIX] = prefix
     at = lengths[:, None] + np.arange(NEW)
-    np.put_along_axis(ids, at, found, 1)
+    np.put_along_axis(ids, at, tokens_said, 1)
     return ids, at
 
 
@@ -59,19 +64,19 @@ def uncached(said, ids):
 
 
 def test_ids_are_valid_and_rows_end(said):
-    found = said[-1]
-    assert found.dtype == np.int32 and found.min() >= 0 and found.max() < 99
-    for row in found:
+    tokens_said = said[-1]
+    assert tokens_said.dtype == np.int32 and tokens_said.min() >= 0 and tokens_said.max() < 99
+    for row in tokens_said:
         end = row.tolist().index(EOS)  # the last token is forced
         assert (row[end + 1 :] == PAD).all() and (row[:end] != EOS).all()
-    assert len({tuple(row) for row in found.tolist()}) > ROWS / 2
+    assert len({tuple(row) for row in tokens_said.tolist()}) > ROWS / 2
 
 
 def test_every_token_is_the_most_likely_one_within_ties(said):
     ids, at = whole(said)
-    logits, found = uncached(said, ids), said[-1]
+    logits, tokens_said = uncached(said, ids), said[-1]
     chosen = checked = 0
-    for row, places, tokens in zip(logits, at, found):
+    for row, places, tokens in zip(logits, at, tokens_said):
         for place, token in zip(places[: tokens.tolist().index(EOS)], tokens):
             scores = row[place - 1]
             assert scores.max() - scores[token] <= TIE * np.ptp(scores)

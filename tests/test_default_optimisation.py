@@ -9,12 +9,13 @@ from tiny import tiny_config
 from configs import shapes_vlkd
 from vlkd_jax import train as loop
 from vlkd_jax.data.streams import train_stream
-from vlkd_jax.distill import make_objective, make_train_step
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.models import attention, bart, clip, vlkd
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.optim import make_optimizer
+from vlkd_jax.step import make_train_step
+from vlkd_jax.tasks import make_task
 from vlkd_jax.train import start_state, train
 
 WHOLE = 1e-4
@@ -110,14 +111,14 @@ def demo_step(batch=None):
     """(its batch, state after it, metrics) of the demo's first step, 64 pairs and 64 texts."""
     config = shapes_vlkd.get_config()
     config.data.threads = 1
-    objective = make_objective(config)
-    optimizer = make_optimizer(config.optim, config.steps)
-    batch = batch or next(iter(train_stream(config, objective, 0))).replace(index=None)
+    task = make_task(config)
+    optimizer = make_optimizer(config.optim, config.steps, task.new)
+    batch = batch or next(iter(train_stream(config, task, 0))).replace(index=None)
     assert batch.text_ids.shape[0] == batch.replay.text_ids.shape[0] == 64
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    state = start_state(objective, optimizer, mesh)
-    step = jax.jit(make_train_step(objective, optimizer, config.dropout, config.seed))
-    return batch, *jax.device_get(step(state, objective.frozen, batch))
+    state = start_state(task.load_params(), optimizer, mesh)
+    step = jax.jit(make_train_step(task, optimizer, config.dropout, config.seed))
+    return batch, *jax.device_get(step(state, task.load_frozen(), batch))
 
 
 def test_a_demo_sized_step_is_the_plain_one(monkeypatch):

@@ -11,9 +11,9 @@ import safetensors.numpy
 from tiny import tiny_config, write_pictures
 
 from vlkd_jax.errors import UserError
-from vlkd_jax.evaluate import load_run
 from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, record_inputs, with_absolute_paths
 from vlkd_jax.train import train
+from vlkd_jax.vlkd import load_run, run_config
 
 
 def other_weights(path):
@@ -154,10 +154,10 @@ def from_anywhere(trained, **changes):
 
 def test_relative_paths_mean_the_same_from_any_directory(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, _, _, step = load_run(os.path.relpath(trained / "run"))
+    config, (_, _, step) = run_config(trained / "run"), load_run(os.path.relpath(trained / "run"))
     assert step == 1 and config.clip == str(trained / "clip") and config.data.images == str(trained / "images")
     (tmp_path / "clip").mkdir()  # of the same name, and not what is meant
-    assert load_run(trained / "run")[3] == 1
+    assert load_run(trained / "run")[2] == 1
     monkeypatch.chdir(trained)
     assert int(train(relative_config(steps=2), "run").step) == 2
 
@@ -177,7 +177,7 @@ def test_replaced_weights_neither_resume_nor_evaluate(trained):
         train(config, trained / "run")
     assert (trained / "run" / "config.json").read_bytes() == saved  # what was refused has left no trace
     weights.write_bytes(before)
-    assert load_run(trained / "run")[3] >= 1
+    assert load_run(trained / "run")[2] >= 1
 
 
 def test_a_run_is_told_where_its_models_moved(trained):
@@ -187,7 +187,7 @@ def test_a_run_is_told_where_its_models_moved(trained):
     config = from_anywhere(trained, steps=3)
     config.bart = str(trained / "student")
     train(config, trained / "run")
-    config, _, _, step = load_run(trained / "run")
+    config, (_, _, step) = run_config(trained / "run"), load_run(trained / "run")
     assert config.bart == str(trained / "student") and step == 3
 
 

@@ -26,8 +26,8 @@ def token_inputs(rng):
     return logits, rng.integers(VOCAB, size=(BATCH, LENGTH)), np.arange(LENGTH) < lengths[:, None]
 
 
-def check(found, expected_sum, expected_count):
-    total, count = found
+def check(loss, expected_sum, expected_count):
+    total, count = loss
     assert total.dtype == count.dtype == jnp.float32 and total.shape == count.shape == ()
     np.testing.assert_allclose(total, expected_sum, rtol=1e-5, atol=1e-6)
     assert float(count) == expected_count
@@ -131,12 +131,12 @@ def test_contrastive_products_are_exact_on_every_device(rng):
 
 def differences(function, x, step):
     """Central finite differences of a scalar function, entry by entry."""
-    found = np.zeros_like(x)
+    gradient = np.zeros_like(x)
     for index in np.ndindex(x.shape):
         shift = np.zeros_like(x)
         shift[index] = step
-        found[index] = (function(x + shift) - function(x - shift)) / (2 * step)
-    return found
+        gradient[index] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return gradient
 
 
 def test_gradient_of_itcl(rng):

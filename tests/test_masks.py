@@ -8,18 +8,18 @@ import pytest
 from tiny import tiny_config
 
 from vlkd_jax.data.streams import train_stream
-from vlkd_jax.distill import make_objective
+from vlkd_jax.tasks import make_task
 
 
 @pytest.fixture(scope="module")
 def loud(assets):
     """(a batch, function (**changed fields) -> (sum, count) of every term as numbers)."""
-    config = tiny_config(assets, corruption__mask_all=0.0, loss__text=1.0)
-    objective = make_objective(config)
-    batch = next(iter(train_stream(config, objective, 0))).replace(index=None)
-    params = jax.tree.map(lambda x: np.asarray(x) * (8 if np.ndim(x) > 1 else 1), objective.params)
+    config = tiny_config(assets, corruption__mask_all=0.0, loss__denoise=1.0)
+    task = make_task(config)
+    batch = next(iter(train_stream(config, task, 0))).replace(index=None)
+    params = jax.tree.map(lambda x: np.asarray(x) * (8 if np.ndim(x) > 1 else 1), task.load_params())
     params["image_projection"]["kernel"] *= 20
-    terms = jax.jit(lambda batch: objective.terms(params, objective.frozen, batch, None))
+    terms = jax.jit(lambda batch: task.terms(params, task.load_frozen(), batch, None))
     return batch, lambda **changes: jax.tree.map(float, terms(batch.replace(**changes)))
 
 
@@ -39,14 +39,14 @@ def test_padding_has_no_say_and_would_have_without_its_mask(loud, name):
     ids, mask = getattr(rows, f"{field}_ids"), getattr(rows, f"{field}_mask")
     noisy = {f"{field}_ids": np.where(mask, ids, 7 + np.arange(ids.shape[1]) % 50).astype(np.int32)}
     assert not mask.all(1).any()
-    found = means(terms())
-    assert means(terms(**change(**noisy))) == pytest.approx(found, rel=1e-4)
+    clean = means(terms())
+    assert means(terms(**change(**noisy))) == pytest.approx(clean, rel=1e-4)
     if name != "replay text":  # a target alone, whose mask is target_mask
         unmasked = means(terms(**change(**noisy, **{f"{field}_mask": np.ones_like(mask)})))
-        assert unmasked != pytest.approx(found, rel=1e-3)
+        assert unmasked != pytest.approx(clean, rel=1e-3)
 
 
-@pytest.mark.parametrize(("inside", "term"), [(False, "icti"), (True, "text")])
+@pytest.mark.parametrize(("inside", "term"), [(False, "icti"), (True, "denoise")])
 def test_the_target_mask_alone_decides_what_counts(loud, inside, term):
     """Two parts of the targets add up to the whole, sums and counts, however they are cut."""
     batch, terms = loud
@@ -70,8 +70,8 @@ def test_a_captions_loss_reads_its_own_picture_and_no_other(loud, row):
     own = np.arange(len(batch.pixels)) == row
     mask = batch.target_mask & own[:, None]
     blank = np.zeros_like(batch.pixels)
-    found = terms(target_mask=mask)["icti"]
+    clean = terms(target_mask=mask)["icti"]
     others = terms(target_mask=mask, pixels=np.where(own[:, None, None, None], batch.pixels, blank))["icti"]
     without = terms(target_mask=mask, pixels=np.where(own[:, None, None, None], blank, batch.pixels))["icti"]
-    assert others == pytest.approx(found, rel=1e-6)
-    assert without != pytest.approx(found, rel=1e-5)
+    assert others == pytest.approx(clean, rel=1e-6)
+    assert without != pytest.approx(clean, rel=1e-5)

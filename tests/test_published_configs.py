@@ -6,10 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny import SHARED_DATA, tiny_config
+from tiny import SHARED_DATA, generate, tiny_config
 
-from vlkd_jax.distill import make_objective
-from vlkd_jax.predict import Predictor
+from vlkd_jax.tasks import make_task
+from vlkd_jax.vlkd import VLKD
 
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 
@@ -29,10 +29,10 @@ def first_tokens(assets, bart):
 
     The weights are blown up, so that a decoder that is one position off says something else.
     """
-    objective = make_objective(tiny_config(assets, bart=str(bart)))
-    params = jax.tree.map(np.asarray, objective.params)
+    task = make_task(tiny_config(assets, bart=str(bart)))
+    params = jax.tree.map(np.asarray, task.load_params())
     params["bart"] = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params["bart"])
-    text, module = objective.encoder.bart_text, objective.module
+    text, module = task.encoder.bart_text, task.module
     prompts = [text.encode(f"a {size} {color} circle") for size in ("small", "large") for color in ("red", "blue")]
     said = []
     for prompt in prompts:
@@ -41,9 +41,9 @@ def first_tokens(assets, bart):
         targets = np.array([[text.bos, *prompt, text.pad]])  # as the pipeline makes them
         logits = module.apply({"params": params}, targets, hidden, ids >= 0, method="decode_logits")
         said.append(text.decode([int(np.argmax(logits[0, -1]))]))
-    predictor = Predictor(objective)
+    model = VLKD.of(task, params, task.load_frozen())
     # the last token is forced to be `</s>`, so of two tokens one is a word
-    return (*(predictor.generate(params, prompts, prompts, count) for count in (2, 12)), said)
+    return (*(generate(model, 8, prompts, prompts, count) for count in (2, 12)), said)
 
 
 def tiny_values(assets):
@@ -57,9 +57,9 @@ def as_shipped(assets):
 
 def test_a_directory_that_forces_nothing_decodes_the_same(assets, tmp_path, as_shipped):
     values = {name: value for name, value in tiny_values(assets).items() if name not in FORCED}
-    found = first_tokens(assets, changed(assets, tmp_path, values, None))
-    assert found == as_shipped
-    assert found[0] == found[2] and len(set(found[1])) > 1
+    tokens = first_tokens(assets, changed(assets, tmp_path, values, None))
+    assert tokens == as_shipped
+    assert tokens[0] == tokens[2] and len(set(tokens[1])) > 1
 
 
 @pytest.mark.shared_data

@@ -18,13 +18,15 @@ from jaxtyping import TypeCheckError
 from tiny import ROOT, environment
 
 import vlkd_jax.models
+import vlkd_jax.tasks
 from vlkd_jax import decoding, losses
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.configs import BartConfig
 
 MODULES = (
     *(f"vlkd_jax.models.{module.name}" for module in pkgutil.iter_modules(vlkd_jax.models.__path__)),
-    *(name for name in CHECKED if name != "vlkd_jax.models"),
+    *(f"vlkd_jax.tasks.{module.name}" for module in pkgutil.iter_modules(vlkd_jax.tasks.__path__)),
+    *(name for name in CHECKED if name not in ("vlkd_jax.models", "vlkd_jax.tasks")),
 )
 UNSHAPED = (jax.Array, np.ndarray, inspect.Parameter.empty)
 """What an annotation may neither be nor hold: arrays of any shape, and nothing at all."""
@@ -52,9 +54,9 @@ def test_a_model_refuses_a_mask_of_another_length_or_type(params):
 
 
 def test_decoding_refuses_a_mask_of_another_prefix(params):
-    memory = jnp.ones((2, 3, 8))
+    memory = decoding.project_memory(BART, params, jnp.ones((2, 3, 8)), MASK[:, :3])
     with pytest.raises(TypeCheckError, match="prefix_mask"):
-        decoding.greedy(BART, params, memory, MASK[:, :3], IDS, MASK[:, :4], 2)
+        decoding.greedy(BART, params, memory, IDS, MASK[:, :4], 2)
 
 
 def test_tracers_are_checked_too():
@@ -78,9 +80,10 @@ def public(module: ModuleType) -> Iterator[tuple[str, Callable]]:
 
 
 def parts(annotation) -> Iterator:
-    """The annotation and everything inside it."""
-    yield annotation
-    for item in typing.get_args(annotation):
+    """The annotation and everything inside it; the arguments of a `Callable` are a list."""
+    if not isinstance(annotation, list):
+        yield annotation
+    for item in annotation if isinstance(annotation, list) else typing.get_args(annotation):
         yield from parts(item)
 
 
@@ -108,7 +111,9 @@ def test_what_is_incomplete_is_found():
         return a
 
     assert incomplete(function) == ["a", "b", "c", "return"]
-    assert [name for name, _ in public(decoding)] == ["prefill", "step", "greedy"]
+    assert [name for name, _ in public(decoding)] == [
+        *("project_memory", "join_memories", "take_rows", "prefill", "step", "greedy")
+    ]
     assert "Bart.__call__" in dict(public(importlib.import_module("vlkd_jax.models.bart")))
 
 

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_config
 
-from vlkd_jax import distill
-from vlkd_jax.distill import read_bart, read_clip
 from vlkd_jax.errors import UserError
+from vlkd_jax.tasks import parents
+from vlkd_jax.tasks.parents import read_bart, read_clip
 
 NAMES = {"bos_token_id": "<s>", "pad_token_id": "<pad>", "eos_token_id": "</s>"}
 NAMES |= {"decoder_start_token_id": "</s>", "forced_bos_token_id": "<s>", "forced_eos_token_id": "</s>"}
@@ -80,8 +79,9 @@ def test_the_legacy_end_token_pools_at_the_largest_id(assets, tmp_path, monkeypa
     def legacy(values):
         values["text_config"]["eos_token_id"] = 2
 
-    clip, _, text = read_clip(copy(assets, tmp_path, "clip", "config.json", legacy))
+    clip, text = read_clip(copy(assets, tmp_path, "clip", "config.json", legacy))
     assert clip.text.eos_token_id == 2 and text.eos == clip.text.vocab_size - 1
-    monkeypatch.setattr(distill, "ClipText", lambda _: SimpleNamespace(eos=5, vocab_size=clip.text.vocab_size))
+    text.eos = 5
+    monkeypatch.setattr(parents, "ClipText", lambda _: text)
     with pytest.raises(UserError, match="end token 5 is not the largest"):
         read_clip(tiny_config(assets, clip=str(tmp_path / "clip")))

@@ -7,11 +7,13 @@ from tiny import WIDTH, tiny_config
 
 from vlkd_jax import sharding, whitening
 from vlkd_jax.data.streams import train_stream
-from vlkd_jax.distill import make_objective, select_tokens
 from vlkd_jax.errors import UserError
-from vlkd_jax.evaluate import load_run
+from vlkd_jax.models.clip import normalize_pixels
 from vlkd_jax.models.vlkd import Whitening
+from vlkd_jax.tasks import make_task
+from vlkd_jax.tasks.distill import select_tokens
 from vlkd_jax.train import train, whitened
+from vlkd_jax.vlkd import VLKD, load_run
 
 IMAGES, BATCHES = 20, 3  # 20 images are three batches of 8
 
@@ -22,26 +24,31 @@ def config(assets):
 
 
 @pytest.fixture(scope="module")
-def objective(config):
-    return make_objective(config)
+def task(config):
+    return make_task(config)
 
 
 @pytest.fixture(scope="module")
-def estimates(config, objective):
+def frozen(task):
+    return task.load_frozen()
+
+
+@pytest.fixture(scope="module")
+def estimates(config, task, frozen):
     """On a mesh of one device and on one of eight."""
-    streams = ((train_stream(config, objective, 0), sharding.make_mesh(count)) for count in (1, 8))
-    return [whitening.estimate(objective, "penultimate", stream, IMAGES, mesh) for stream, mesh in streams]
+    streams = ((train_stream(config, task, 0), sharding.make_mesh(count)) for count in (1, 8))
+    return [whitening.estimate(task, frozen["clip"], stream, mesh) for stream, mesh in streams]
 
 
-def tokens_of(config, objective, start, count):
-    stream = train_stream(config, objective, start)
+def tokens_of(config, task, frozen, start, count):
+    stream = train_stream(config, task, start)
     images = np.concatenate([next(stream).pixels for _ in range(count)])
-    output = objective.teacher.apply({"params": objective.frozen["clip"]}, images, method="encode_images")
+    output = task.teacher.apply({"params": frozen["clip"]}, normalize_pixels(images), method="encode_images")
     return np.asarray(select_tokens(output, "penultimate"))
 
 
-def test_the_statistics_are_those_of_the_first_images(config, objective, estimates):
-    tokens = tokens_of(config, objective, 0, BATCHES).reshape(-1, WIDTH).astype(np.float64)
+def test_the_statistics_are_those_of_the_first_images(config, task, frozen, estimates):
+    tokens = tokens_of(config, task, frozen, 0, BATCHES).reshape(-1, WIDTH).astype(np.float64)
     np.testing.assert_allclose(estimates[0]["mean"], tokens.mean(0), atol=1e-5)
     white = (tokens - estimates[0]["mean"]) @ estimates[0]["matrix"]
     variances = np.linalg.eigvalsh(np.cov(tokens.T, bias=True))
@@ -57,41 +64,42 @@ def test_eight_devices_are_one(estimates):
 
 def test_zca_of_known_variances(rng):
     axes, variances = np.linalg.qr(rng.normal(size=(5, 5)))[0], np.array([1e4, 10, 1, 0.5, 0])
-    found = whitening.zca(axes @ np.diag(variances) @ axes.T)
+    matrix = whitening.zca(axes @ np.diag(variances) @ axes.T)
     expected = axes @ np.diag((variances + whitening.FLOOR * variances.mean()) ** -0.5) @ axes.T
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_training_sets_it_once_and_keeps_it(config, objective, estimates, tmp_path):
+def test_training_sets_it_once_and_keeps_it(config, task, frozen, estimates, tmp_path):
     state = train(config, tmp_path)
     config = config.copy_and_resolve_references()
     config.steps = 3
     later = train(config, tmp_path)
-    for params in (state.params, later.params, load_run(tmp_path)[2]):
+    for params in (state.params, later.params, load_run(tmp_path)[1]):
         for name, value in estimates[0].items():
             np.testing.assert_allclose(params["image_whitening"][name], value, rtol=1e-5, atol=1e-5)
-    prefix = objective.module.apply(
-        {"params": later.params}, tokens := tokens_of(config, objective, 5, 1), method="image_prefix"
+    prefix = task.module.apply(
+        {"params": later.params}, tokens := tokens_of(config, task, frozen, 5, 1), method="image_prefix"
     )
     w, kernel = jax.device_get((later.params["image_whitening"], later.params["image_projection"]["kernel"]))
     np.testing.assert_allclose(prefix, (tokens - w["mean"]) @ w["matrix"] @ kernel, atol=1e-4)
-    assert np.abs(kernel - objective.params["image_projection"]["kernel"]).max() > 0
+    assert np.abs(kernel - task.load_params()["image_projection"]["kernel"]).max() > 0
 
 
-def test_before_training_is_as_training_starts(config, estimates, tmp_path):
+def test_before_training_is_as_training_starts(config, task, frozen, estimates, tmp_path):
     """What is compared with the trained student, in the demo and in `evaluate`, whitens from the start too."""
-    started = whitened(config, make_objective(config), sharding.make_mesh(1)).params
+    started = whitened(config, task, task.load_params(), frozen, sharding.make_mesh(1))
     train(config, tmp_path)
-    for params in (started, load_run(tmp_path)[1].params):
+    read = VLKD.from_run(tmp_path, at_start=True).params
+    for params in (started, read):
         for name, value in estimates[0].items():
             np.testing.assert_allclose(params["image_whitening"][name], value, rtol=1e-5, atol=1e-5)
-    for one, other in zip(jax.tree.leaves(started), jax.tree.leaves(load_run(tmp_path)[1].params), strict=True):
+    for one, other in zip(jax.tree.leaves(started), jax.tree.leaves(read), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_it_is_exact_on_every_device(config, objective, estimates):
+def test_it_is_exact_on_every_device(config, task, frozen, estimates):
     """Rounded to TF32 or bfloat16, as accelerators do unless asked, strong directions would drown the weak ones."""
-    params = objective.params | {"image_whitening": estimates[0]}
+    params = task.load_params() | {"image_whitening": estimates[0]}
     tokens = np.zeros((2, 5, WIDTH), np.float32)
     with jax.default_matmul_precision("bfloat16"):
         whitening_module = Whitening()

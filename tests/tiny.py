@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vlkd_jax import predict
 from vlkd_jax.configs import base
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.predict import Request
 from vlkd_jax.shapes.make_models import train_bart_tokenizer, train_clip_tokenizer
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
@@ -109,3 +111,18 @@ def command_line(module: str, argv: list[str]) -> subprocess.CompletedProcess[st
     """Runs `python -m vlkd_jax.MODULE` to its end."""
     command = [sys.executable, "-m", f"vlkd_jax.{module}", *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+
+
+def generate(model, batch_size, sources, prefixes, max_new_tokens, images=None, image_of=None, contexts=None):
+    """What a `VLKD` says, a row for each source; `image_of`: which image each is about, default k about k."""
+    image_of = range(len(sources)) if image_of is None else image_of
+    requests = [
+        Request(
+            source,
+            prefix,
+            None if images is None else images[image_of[k]],
+            [] if contexts is None else contexts[k],
+        )
+        for k, (source, prefix) in enumerate(zip(sources, prefixes, strict=True))
+    ]
+    return list(predict.generate(model, requests, max_new_tokens, batch_size))

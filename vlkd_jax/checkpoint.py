@@ -1,6 +1,6 @@
 """Checkpoints of the train state: asynchronous Orbax saves, our own sha256 manifest, fallback past damaged steps.
 
-    directory/step_00000500/          what Orbax wrote (arrays, tree, shardings) and, last of all,
+    directory/step_00000500/PART/     what Orbax wrote of one part (arrays, tree, shardings) and, last of all,
     directory/step_00000500/vlkd_manifest.jsonl    the hashes of those files: without it a step is not complete
 
 Orbax loads flipped bits without a word and takes an empty step directory for the latest one, hence the manifest.
@@ -31,7 +31,7 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.workdir import write_atomic
 
 MANIFEST = "vlkd_manifest.jsonl"
-FORMAT = 1
+FORMAT = 2  # 1: the whole state in one piece
 HEADROOM = 1.3  # free space asked for before a save, in sizes of the state
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -40,18 +40,19 @@ _SET_ASIDE = re.compile(r"step_(\d{8,})\.damaged-\d+")
 
 
 class _Damaged(Exception):
-    """Why a step directory is not a complete checkpoint."""
+    """Why a step directory is not a complete checkpoint, or why a part of it cannot be read."""
 
 
 class Checkpoints:
     """The checkpoints of one run, newest last, in `directory` (a POSIX path; every process must see the same one).
 
-    A state is any pytree of global jax.Arrays. All processes make the same calls in the same order; process 0 writes
-    the manifests and deletes. One run writes to a directory at a time (`vlkd_jax.workdir.claim`); reading is free.
-    Use it in a `with` block: leaving the block waits for the save under way.
+    A state is saved in parts, {name: pytree of global jax.Arrays}, so that one can be read without the others. All
+    processes make the same calls in the same order; process 0 writes the manifests and deletes. One run writes to a
+    directory at a time (`vlkd_jax.workdir.claim`); reading is free. Checkpoints of another format are never written
+    over nor deleted. Use it in a `with` block: leaving the block waits for the save under way.
 
         with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
-            checkpoints.save(500, state, {"examples": 32000})
+            checkpoints.save(500, {"params": params, "opt_state": opt_state}, {"examples": 32000})
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
@@ -62,7 +63,7 @@ class Checkpoints:
             raise UserError(f"number of checkpoints to keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._good: set[int] = set()  # steps this process has written, or verified, byte by byte
+        self._good: set[int] = set()  # steps of which this process has written, or verified, every byte of every part
         self._pending: Future[None] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._warned: set[tuple[str, str]] = set()
@@ -74,22 +75,25 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], wait: bool = False) -> None:
-        """Starts saving `state` as `step`; `meta` is JSON. The state may be donated as soon as this returns.
+    def save(self, step: int, parts: Mapping[str, Any], meta: Mapping[str, Any], wait: bool = False) -> None:
+        """Starts saving `parts` as `step`; `meta` is JSON. The arrays may be donated as soon as this returns.
 
         First waits for the save before and raises what went wrong there. A step that is complete on disk is not written
         again; what a cut-off save or a damaged checkpoint left under this step's name is set aside.
 
         Raises UserError when the file system has no room (before or during the write; the checkpoints on disk stay as
-        they are), TypeError when `meta` is not JSON.
+        they are) and when the step is there in another format, TypeError when `meta` is not JSON, ValueError for the
+        name of a part that is no identifier.
         """
         self.wait()
-        body = {"format": FORMAT, "step": int(step), "meta": dict(meta), "tree": _signature(state)}
+        if wrong := [name for name in parts if not name.isidentifier()]:  # Orbax hangs at a slash
+            raise ValueError(f"save: the name of a part must be an identifier, got {wrong[0]!r}")
+        body = {"format": FORMAT, "step": int(step), "meta": dict(meta), "tree": _signatures(parts)}
         json.dumps(body)
-        needed = int(HEADROOM * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+        needed = int(HEADROOM * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(parts))))
         if not _on_first_process(lambda: self._make_room(int(step), needed)):
             return
-        response = ocp.save_async(self._path(step), state)
+        response = ocp.save_checkpointables_async(self._path(step), dict(parts))
         self._pending = self._writer.submit(self._finish, int(step), response, body, needed)
         if wait:
             self.wait()
@@ -99,30 +103,38 @@ class Checkpoints:
 
         A quick look that reads no array data: `restore` may still find damage and fall back. Prints a warning for
         every step it passes over.
+
+        Raises UserError when it comes upon a step of another format.
         """
-        return _on_first_process(lambda: self._newest(hashes=False))
+        return _on_first_process(lambda: self._newest(lambda path: _verify(path, hashes=False)))
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Loads the newest checkpoint whose every byte is as it was written: (step, state, meta).
+    def restore(self, abstract_parts: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Loads parts of the newest checkpoint in which every byte of them is as it was written: (step, parts, meta).
 
-        `abstract_state`: the state as jax.ShapeDtypeStruct leaves, each with the sharding to load it with (any mesh).
-        Damaged and incomplete steps are passed over with a warning.
+        `abstract_parts`: {name: part} for the parts to load, each as jax.ShapeDtypeStruct leaves with the sharding to
+        load it with (any mesh). Steps that are incomplete, or damaged in these parts, are passed over with a warning.
+        A file of another part that is missing or has another size is told in a warning; its bytes are not read.
 
-        Raises UserError when there is no usable checkpoint, and, without trying older ones, when the checkpoint holds
-        other arrays, shapes or dtypes than `abstract_state`. ValueError for a leaf without a sharding.
+        Raises UserError when there is no usable checkpoint, and, without trying older ones, when the checkpoint is of
+        another format or holds other arrays, shapes or dtypes than `abstract_parts`. ValueError for a leaf without a
+        sharding, and for no part at all.
         """
         self.wait()
-        if any(getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(abstract_state)):
-            raise ValueError("restore: every leaf of abstract_state needs a sharding")
-        step = _on_first_process(lambda: self._newest(hashes=True))
+        if not abstract_parts:
+            raise ValueError("restore: name at least one part")
+        if any(getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(dict(abstract_parts))):
+            raise ValueError("restore: every leaf of abstract_parts needs a sharding")
+        step = _on_first_process(lambda: self._newest(lambda path: self._verify_parts(path, set(abstract_parts))))
         if step is None:
             raise UserError(f"{self.directory}: no usable checkpoint there; name the directory of another run")
         path = self._path(step)
         body = _read_manifest(path)
-        _require_same_tree(path, body["tree"], _signature(abstract_state))
-        state = ocp.load(path, abstract_state)
-        self._good.add(step)
-        return step, state, body["meta"]
+        saved = {name: arrays for name, arrays in body["tree"].items() if name in abstract_parts}
+        _require_same_trees(path, saved, _signatures(abstract_parts))
+        parts = ocp.load_checkpointables(path, dict(abstract_parts))
+        if saved == body["tree"]:
+            self._good.add(step)
+        return step, parts, body["meta"]
 
     def wait(self) -> None:
         """Waits for the save under way, if any, and raises what went wrong in it, on every process."""
@@ -152,14 +164,26 @@ class Checkpoints:
         matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _newest(self, hashes: bool) -> int | None:
+    def _newest(self, verify: Callable[[Path], None]) -> int | None:
         for step in self._steps():
             try:
-                _verify(self._path(step), hashes)
+                verify(self._path(step))
                 return step
             except _Damaged as damage:
+                self._good.discard(step)
                 self._warn(self._path(step), f"passed over: {damage}")
         return None
+
+    def _verify_parts(self, path: Path, parts: set[str]) -> None:
+        """Raises _Damaged unless these parts, and what belongs to no part, are there byte for byte."""
+        body = _read_manifest(path)
+        others = body["tree"].keys() - parts
+        wanted = {name: entry for name, entry in body["files"].items() if name.partition("/")[0] not in others}
+        _compare(path, wanted, hashes=True)
+        try:
+            _compare(path, {name: entry for name, entry in body["files"].items() if name not in wanted}, hashes=False)
+        except _Damaged as damage:
+            self._warn(path, f"is read without its damaged part: {damage}")
 
     def _warn(self, path: Path, message: str) -> None:
         if (path.name, message) not in self._warned:
@@ -228,7 +252,7 @@ class Checkpoints:
         oldest_kept = good[-self.keep]
         for path in self.directory.iterdir():
             match = _STEP.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
-            if match and int(match[1]) < oldest_kept:
+            if match and int(match[1]) < oldest_kept and not _is_of_another_format(path):
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
@@ -271,23 +295,32 @@ def _not_a_handed_on_error(record: logging.LogRecord) -> bool:
     return "_SignalingThread.run() raised" not in str(record.msg)
 
 
-def _signature(state: Any) -> dict[str, list[Any]]:
-    """{"params/shared/embedding": ["float32", [50265, 1024]], ...}: what a checkpoint and the program must agree in."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in leaves
-    }
+def _signatures(parts: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """{"params": {"params/shared/embedding": ["float32", [50265, 1024]], ...}, ...}: what both must agree in."""
+
+    def signature(tree: dict[str, Any]) -> dict[str, list[Any]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), list(leaf.shape)]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    return {name: signature({name: part}) for name, part in parts.items()}
 
 
-def _require_same_tree(path: Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
-    if saved == wanted:
+def _require_same_trees(path: Path, saved_parts: dict[str, Any], wanted_parts: dict[str, Any]) -> None:
+    """Compares what `_signatures` gave of the same choice of parts; raises one UserError that names arrays."""
+    if saved_parts == wanted_parts:
         return
+    saved, wanted = (
+        {name: entry for arrays in parts.values() for name, entry in arrays.items()}
+        for parts in (saved_parts, wanted_parts)
+    )
 
     def show(entry: list[Any]) -> str:
         return f"{entry[0]}{entry[1]}"
 
-    differences = [
+    differences = [f"it has no part {name}" for name in wanted_parts if name not in saved_parts]
+    differences += [
         f"{name} is {show(saved[name])} there, {show(wanted[name])} here"
         for name in wanted
         if name in saved and saved[name] != wanted[name]
@@ -328,7 +361,10 @@ def _write_manifest(path: Path, body: dict[str, Any]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The body of the manifest; raises _Damaged when it is missing or a single bit of it has changed."""
+    """The body of the manifest.
+
+    Raises _Damaged when it is missing or a single bit of it has changed, UserError when it is of another format.
+    """
     try:
         seal, _, line = (path / MANIFEST).read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -337,15 +373,31 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _Damaged(f"{MANIFEST} is damaged")
     body = json.loads(line)
     if body["format"] != FORMAT:
+        age = "an older" if body["format"] < FORMAT else "a newer"
         raise UserError(
-            f"{path / MANIFEST}: format {body['format']}, this version reads {FORMAT}; use the one that wrote it"
+            f"checkpoint {path} was written in format {body['format']} by {age} version of vlkd_jax; this one reads "
+            f"format {FORMAT}: finish that run with the version that started it, or train again into another --workdir"
         )
     return body
 
 
+def _is_of_another_format(path: Path) -> bool:
+    try:
+        _read_manifest(path)
+    except _Damaged:
+        return False
+    except UserError:
+        return True
+    return False
+
+
 def _verify(path: Path, hashes: bool) -> None:
     """Raises _Damaged unless every file is there in its size and, with `hashes`, byte for byte."""
-    files = _read_manifest(path)["files"]
+    _compare(path, _read_manifest(path)["files"], hashes)
+
+
+def _compare(path: Path, files: dict[str, list[Any]], hashes: bool) -> None:
+    """`_verify` for some of the files of a manifest."""
     for name, (size, _) in files.items():
         file = path / name
         if not file.is_file():

@@ -14,6 +14,10 @@ BUILTIN = "builtin:"
 """What the name of a shipped model begins with, such as `builtin:shapes/clip`."""
 
 
+CONFIG_VERSION = 2
+"""Of the fields in `configs/base.py`, raised when one gets another name or meaning; 2: loss.text is loss.denoise."""
+
+
 def config_path(name: str) -> str:
     """The file that a `--config=` value means, with the `:ARGUMENT` that it may end in.
 
@@ -65,6 +69,8 @@ def model_directory(name: str) -> Path:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration as it was written, with the default of every field that did not exist then."""
+    if "text" in values.get("loss", {}):  # version 1
+        values = values | {"loss": {("denoise" if k == "text" else k): v for k, v in values["loss"].items()}}
     return _filled(base.get_config().to_dict(), values)
 
 

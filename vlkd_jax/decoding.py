@@ -29,25 +29,42 @@ class Written(NamedTuple):
     position: Int[Array, " B"]
 
 
+def project_memory(
+    bart: Bart, params: Params, hidden: Float[ArrayLike, "B M D"], mask: Bool[ArrayLike, "B M"]
+) -> Memory:
+    """What the decoder reads, from encoder states or an image prefix: once, whatever is decoded from it."""
+    return Memory(bart.apply({"params": params}, hidden, method="cross_cache"), mask)
+
+
+def join_memories(*memories: Memory) -> Memory:
+    """Memories of the same rows behind one another."""
+    keys_values = jax.tree.map(lambda *parts: jnp.concatenate(parts, 2), *(memory.cross for memory in memories))
+    return Memory(keys_values, jnp.concatenate([memory.mask for memory in memories], 1))
+
+
+def take_rows(memory: Memory, rows: Int[ArrayLike, " R"]) -> Memory:
+    """The memories of these rows, a row as often as it is named: many questions share what was computed of an image."""
+    return Memory(jax.tree.map(lambda x: jnp.take(x, rows, 1), memory.cross), jnp.take(memory.mask, rows, 0))
+
+
 def prefill(
     bart: Bart,
     params: Params,
-    memory: Float[ArrayLike, "B M D"],
-    memory_mask: Bool[ArrayLike, "B M"],
+    memory: Memory,
     prefix: Int[ArrayLike, "B P"],
     prefix_mask: Bool[ArrayLike, "B P"],
     new_tokens: int,
-) -> tuple[Float32[Array, "B V"], Memory, Written]:
+) -> tuple[Float32[Array, "B V"], Written]:
     """Reads the memory and a forced prefix that may differ in length between rows.
 
     Args:
       bart, params: module and its parameters.
-      memory, memory_mask: what the decoder reads.
+      memory: what the decoder reads.
       prefix, prefix_mask: decoder tokens from the decoder's start token on.
       new_tokens: how many steps the cache shall have room for.
 
     Returns:
-      Logits of the token after the prefix; what `step` reads, and what it carries on.
+      Logits of the token after the prefix, and what `step` carries on.
     """
 
     def call(*args, method: str):
@@ -55,14 +72,13 @@ def prefill(
 
     batch, width = prefix.shape
     length = jnp.sum(prefix_mask, -1)
-    cross = call(memory, method="cross_cache")
     cache = call(batch, width + new_tokens, method="init_cache")
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
     # What padding of the prefix writes is read by no real token: later steps overwrite a slot before they may read it.
     visible = jnp.arange(width + new_tokens) <= positions[..., None]
-    hidden, cache = call(prefix, positions, cache, cross, memory_mask, visible, method="decode_step")
+    hidden, cache = call(prefix, positions, cache, *memory, visible, method="decode_step")
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)
-    return call(last, method="logits")[:, 0], Memory(cross, memory_mask), Written(cache, length)
+    return call(last, method="logits")[:, 0], Written(cache, length)
 
 
 def step(
@@ -91,8 +107,7 @@ class _State(NamedTuple):
 def greedy(
     bart: Bart,
     params: Params,
-    memory: Float[ArrayLike, "B M D"],
-    memory_mask: Bool[ArrayLike, "B M"],
+    memory: Memory,
     prefix: Int[ArrayLike, "B P"],
     prefix_mask: Bool[ArrayLike, "B P"],
     max_new_tokens: int,
@@ -122,10 +137,10 @@ def greedy(
         return (state.count < max_new_tokens) & ~jnp.all(state.done)
 
     def decode(state: _State) -> _State:
-        logits, written = step(bart, params, reads, state.written, state.token)
+        logits, written = step(bart, params, memory, state.written, state.token)
         return add(logits, state, written)
 
-    logits, reads, written = prefill(bart, params, memory, memory_mask, prefix, prefix_mask, max_new_tokens)
+    logits, written = prefill(bart, params, memory, prefix, prefix_mask, max_new_tokens)
     ids = jnp.full((batch, max_new_tokens), config.pad_token_id, jnp.int32)
     nothing = _State(jnp.int32(0), ids[:, 0], ids, jnp.zeros(batch, bool), written)
     # the first token needs no step of its own, and after the last one there is none

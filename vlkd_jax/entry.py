@@ -148,8 +148,11 @@ def _fault_in(configs: Sequence[str], error: BaseException | None) -> str | None
 
 def _explain(message: str, argv: Sequence[str], configs: Sequence[str]) -> str:
     near = re.search(NEAR, message)
-    named = [a.split("=")[0] for a in argv if near and near[2] in a.split("=")[0].split(".")]
-    if named:  # ml_collections names only the last part of the key
+    key = near[2] if near else message.strip("'\"")  # ml_collections names only the part of the key that is unknown
+    named = [a.split("=")[0] for a in argv if key in a.split("=")[0].split(".")]
+    if named and not near:
+        return f"unknown config key {named[0]}"
+    if named:
         meant = ".".join(near[1] if part == near[2] else part for part in named[0].split("."))
         return f"unknown config key {named[0]}; did you mean {meant}?"
     unknown = re.search(r"Unknown command line flag '(config\.[\w.]+)'", message)

@@ -6,7 +6,6 @@ workdir of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.json
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import time
@@ -18,45 +17,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from vlkd_jax import entry, sharding
-from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.config import with_defaults
-from vlkd_jax.data.sources import read_json
-from vlkd_jax.distill import Objective, make_objective
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals import pairs_suite
-from vlkd_jax.identity import check_inputs, hash_inputs
+from vlkd_jax.evals.suite import Row, predict_rows
+from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.metrics import peak_memory, say
-from vlkd_jax.optim import make_optimizer
-from vlkd_jax.predict import Predictor
-from vlkd_jax.shapes.suite import ShapesSuite
-from vlkd_jax.train import start_state
-from vlkd_jax.types import Params
-from vlkd_jax.workdir import CONFIG_FILE, output_directory, write_atomic
+from vlkd_jax.vlkd import VLKD, run_config
+from vlkd_jax.workdir import output_directory, write_atomic
 
-
-def load_run(directory: str | Path) -> tuple[ConfigDict, Objective, Params, int]:
-    """(config, objective as its training started, trained parameters, step) of a training run's newest checkpoint.
-
-    Raises:
-      UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
-    """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
-    config = ConfigDict(with_defaults(read_json(path)))
-    check_inputs(Path(directory), config, hash_inputs(config))
-    objective = make_objective(config)
-    mesh = sharding.make_mesh(1)
-    optimizer = make_optimizer(config.optim, config.steps)
-    empty = jax.eval_shape(lambda: start_state(objective, optimizer, mesh))
-    shared = sharding.replicated(mesh)
-    empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), empty)
-    with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.restore(empty)
-    set_at_start = {name: value for name, value in state.params.items() if name == "image_whitening"}
-    return config, dataclasses.replace(objective, params=objective.params | set_at_start), state.params, step
+PREDICTIONS = "predictions.jsonl"
 
 
 def check_suites(suites: ConfigDict) -> None:
@@ -66,38 +36,44 @@ def check_suites(suites: ConfigDict) -> None:
         raise UserError(f"to be set: {', '.join(f'--{field}=...' for field in empty)}")
 
 
-def evaluate(suites: ConfigDict, predictor: Predictor, params: Params, start: Params, workdir: Path) -> dict[str, Any]:
-    """Runs every suite of `suites.suites`; writes each one's predictions and returns the metrics by suite."""
+def evaluate(suites: ConfigDict, model: VLKD, workdir: Path, start: VLKD | None = None) -> dict[str, Any]:
+    """Runs every suite of `suites.suites`; writes each one's predictions and returns the metrics by suite.
+
+    Args:
+      start: the student before distillation; suites with `baselines` set are run for it too, as `before`, with its
+        predictions below `workdir/before`.
+    """
     results: dict[str, Any] = {}
     for name in suites.suites:
-        suite = suites[name]
-        before = time.monotonic()
-        if suite.kind == "shapes":
-            metrics, rows = _shapes(suite, predictor, params, start)
-        else:
-            run = {"vqa": pairs_suite.vqa, "caption": pairs_suite.captions}[suite.kind]
-            metrics, rows = run(suite, predictor, params)
-        write_predictions(workdir / name, rows)
-        seconds = round(time.monotonic() - before, 2)
-        results[name] = {**metrics, "suite": suite.to_dict(), "seconds": seconds}
-        say(f"{name}: {len(rows)} predictions in {seconds:.1f} s, {workdir / name / 'predictions.jsonl'}")
+        suite, before = suites[name], time.monotonic()
+        metrics = _run(suite, model, suites.batch_size, workdir / name)
+        if start is not None and suite.get("baselines"):
+            plain = suite.copy_and_resolve_references()
+            with plain.unlocked():
+                plain.baselines = False
+            metrics["before"] = _run(plain, start, suites.batch_size, workdir / "before" / name)
+        results[name] = {**metrics, "suite": suite.to_dict(), "seconds": round(time.monotonic() - before, 2)}
+        say(f"{name}: {results[name]['seconds']:.1f} s, {workdir / name / PREDICTIONS}")
     return results
 
 
-def _shapes(suite: ConfigDict, predictor: Predictor, params: Params, start: Params):
-    runner = ShapesSuite(suite, predictor)
-    metrics, rows = runner.run(params, blind=suite.baselines)
-    if suite.baselines:
-        metrics["vqa_majority"] = runner.majority()
-        metrics["before"], _ = runner.run(start)
-    return metrics, rows
+def _run(suite: ConfigDict, model: VLKD, batch_size: int, directory: Path) -> dict[str, Any]:
+    kind = SUITES[suite.kind]
+    rows = list(predict_rows(kind, suite, model, batch_size))
+    write_rows(directory, rows)
+    return kind.score(rows)
 
 
-def write_predictions(directory: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(directory: Path, rows: list[Row]) -> None:
     """One JSON object a line, to `directory/predictions.jsonl`."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(directory / "predictions.jsonl", lines.encode())
+    write_atomic(directory / PREDICTIONS, lines.encode())
+
+
+def read_rows(directory: Path) -> list[Row]:
+    """The rows that `write_rows` wrote there."""
+    return [json.loads(line) for line in (directory / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
 
 def circumstances(seed: int) -> dict[str, Any]:
@@ -119,19 +95,13 @@ def main() -> None:
     if "suites" not in suites:
         raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
     check_suites(suites)
-    config, objective, params, step = load_run(flags.FLAGS.checkpoint)
-    if objective.teacher is None:
-        raise UserError(
-            f"{flags.FLAGS.checkpoint}: a run of objective {config.objective}; suites need one of objective vlkd"
-        )
-    workdir = output_directory(flags.FLAGS.workdir)
-    predictor = Predictor(objective, config.student.image_tokens, suites.batch_size)
-    results = evaluate(suites, predictor, params, objective.params, workdir)
-    result = {
-        "suites": results,
-        "checkpoint": {"directory": str(Path(flags.FLAGS.checkpoint).absolute()), "step": step},
-        **circumstances(config.seed),
-    }
+    checkpoint = flags.FLAGS.checkpoint
+    model = VLKD.from_run(checkpoint)
+    wants_start = any(suites[name].get("baselines") for name in suites.suites)
+    start = VLKD.from_run(checkpoint, at_start=True) if wants_start else None
+    workdir, config = output_directory(flags.FLAGS.workdir), run_config(checkpoint)
+    results = evaluate(suites, model, workdir, start)
+    result = {"suites": results, "checkpoint": model.identity, **circumstances(config.seed)}
     result |= {"dtype": config.dtype, "batch_size": suites.batch_size, "decoding": "greedy"}
     result["peak_memory"] = peak_memory()
     write_atomic(workdir / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())

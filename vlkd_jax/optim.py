@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Collection
 
 import flax.traverse_util
 import jax
@@ -14,8 +16,6 @@ from vlkd_jax.types import Params
 
 MAX_LOGIT_SCALE = 100.0
 """Largest inverse temperature of the contrastive loss (Radford et al. 2021, section 2.5)."""
-LINEARS = ("sentence_projection", "image_projection", "logit_scale")
-"""The student's parameters that BART does not have; they start from nothing and take a larger rate."""
 
 
 def schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
@@ -30,9 +30,9 @@ def schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / max(warmup, 1), peak, warmup), after], [warmup])
 
 
-def groups(params: Params) -> Params:
-    """ "linears" or "model" for each parameter."""
-    return flax.traverse_util.path_aware_map(lambda path, _: "linears" if path[0] in LINEARS else "model", params)
+def groups(params: Params, new: Collection[str]) -> Params:
+    """ "linears" for each parameter below a name of `new`, "model" for the others."""
+    return flax.traverse_util.path_aware_map(lambda path, _: "linears" if path[0] in new else "model", params)
 
 
 def decayed(params: Params) -> Params:
@@ -40,19 +40,21 @@ def decayed(params: Params) -> Params:
     return flax.traverse_util.path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, steps: int, new: Collection[str]) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019; decay scaled by the learning rate) for a train state's parameters.
 
     Args:
       config: `config.optim` of configs/base.py.
       steps: length of the run, for the schedule.
+      new: top-level parameters that take `lr_linears`.
     """
     rates = {"model": schedule(config, config.lr, steps), "linears": schedule(config, config.lr_linears, steps)}
+    label = functools.partial(groups, new=tuple(new))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
-        optax.partition({k: optax.scale_by_learning_rate(rate) for k, rate in rates.items()}, groups),
+        optax.partition({k: optax.scale_by_learning_rate(rate) for k, rate in rates.items()}, label),
     )
 
 

@@ -1,168 +1,197 @@
-"""The one set of predict functions: pixels and prompts in, image tokens, embeddings and texts out, batch by batch."""
+"""The one set of predict functions over a `VLKD`: pictures and prompts in, texts and embeddings out, as streams.
+
+Batches have one compiled shape; nothing of a whole split is held. What a picture's questions share, its tokens and the
+decoder's keys and values of them, is computed once for all of its questions in a batch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from vlkd_jax import decoding
-from vlkd_jax.data.text import BartText, ClipText, pad
-from vlkd_jax.distill import Objective, select_tokens
+from vlkd_jax.data.images import resize_and_crop
+from vlkd_jax.data.text import pad
 from vlkd_jax.errors import UserError
-from vlkd_jax.models.bart import Bart, join_memory
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.clip import Clip, normalize_pixels
+from vlkd_jax.models.vlkd import Student
+from vlkd_jax.tasks.distill import select_tokens
 from vlkd_jax.types import Array, Params
 
+if TYPE_CHECKING:
+    from vlkd_jax.vlkd import VLKD
 
-class Predictor:
-    """Runs a student (and its teacher's image tower) on any number of items, in batches of one compiled shape.
+BATCH_SIZE = 64
+"""Rows of a batch where nothing else is said."""
+WIDTH_STEP = 16
+"""Room for texts is a multiple of this, so that few shapes are compiled."""
+Item = TypeVar("Item")
 
-    Args:
-      objective: a "vlkd" or "bart_denoise" objective; its modules, tokenizers and frozen teacher are used.
-      image_tokens: which of the teacher's image tokens the student reads.
-      batch_size: rows a call; the last batch is padded and the padding dropped.
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text to generate.
+
+    Attributes:
+      source: what the encoder reads, ids without `<s>` and `</s>`.
+      prefix: ids the decoder is forced through first (`<s>` is put before them).
+      image: what the decoder reads beside it, or None; requests in a row that hold the same object share it.
+      context: ids of a text that stands in the memory where an image would, or empty.
     """
 
-    def __init__(self, objective: Objective, image_tokens: str = "projected", batch_size: int = 64):
-        self.student, self.teacher = objective.module, objective.teacher
-        self._clip = objective.frozen.get("clip")
-        self.bart = Bart(objective.configs["bart"], dtype=objective.module.dtype)
-        self.text: BartText = objective.encoder.bart_text
-        self.clip_text: ClipText | None = objective.encoder.clip_text
-        self.clip_length, self.image_size = objective.encoder.clip_length, objective.encoder.image_size
-        self.batch_size = batch_size
-        self._is_student = self.teacher is not None
-        self._encode_images = jax.jit(lambda clip, pixels: self._image_step(clip, pixels, image_tokens))
-        self._generate = jax.jit(self._generate_step, static_argnames="max_new_tokens")
-        self._embed = jax.jit(self._embed_step)
-        self._embed_clip = jax.jit(
-            lambda clip, ids, mask: self.teacher.apply({"params": clip}, ids, mask, method="encode_texts")
-        )
-
-    @functools.cached_property
-    def clip_params(self) -> Params:
-        """The teacher's parameters, put on the device once."""
-        return jax.device_put(self._clip)
-
-    def _image_step(self, clip: Params, pixels: Array, kind: str) -> tuple[Array, Array]:
-        output = self.teacher.apply({"params": clip}, pixels, method="encode_images")
-        return select_tokens(output, kind), output.embedding
-
-    def _generate_step(self, params, tokens, context, source, prefix, max_new_tokens: int) -> Array:
-        """What the decoder reads: [image prefix or encoded context, if any; encoded source]. Texts are (ids, mask)."""
-        bart = params["bart"] if self._is_student else params
-
-        def encode(ids: Array, mask: Array) -> Array:
-            return self.bart.apply({"params": bart}, ids, mask, method="encode")
-
-        parts = [(encode(*source), source[1])]
-        if tokens is not None:
-            image = self.student.apply({"params": params}, tokens, method="image_prefix")
-            parts.insert(0, (image, jnp.ones(image.shape[:2], bool)))
-        if context is not None:
-            parts.insert(0, (encode(*context), context[1]))
-        memory, mask = join_memory(*parts)
-        return decoding.greedy(self.bart, bart, memory, mask, *prefix, max_new_tokens)
-
-    def _embed_step(self, params: Params, ids: Array, mask: Array) -> Array:
-        def read(student):
-            return student.embed_sentence(student.encode(ids, mask), mask)
-
-        return self.student.apply({"params": params}, method=read)
-
-    def encode_images(self, pixels: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Image tokens [n, N, E] and L2-normalised image embeddings [n, E] of float32 pixels [height, width, 3]."""
-        parts = []
-        for rows, count in _chunks(pixels, self.batch_size):
-            tokens, embedding = self._encode_images(self.clip_params, np.stack(_fill(rows, self.batch_size)))
-            parts.append((np.asarray(tokens)[:count], np.asarray(embedding)[:count]))
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def embed_texts(self, params: Params, texts: Sequence[str]) -> np.ndarray:
-        """The student's sentence embeddings [n, E], L2-normalised.
-
-        Raises:
-          UserError: a text is longer than the model's positions.
-        """
-        ids, params = [self.text.wrap(self.text.encode(text)) for text in texts], jax.device_put(params)
-        return self._over_texts(lambda i, m: self._embed(params, i, m), ids, self.text.pad, self._width(ids))
-
-    def embed_texts_clip(self, texts: Sequence[str]) -> np.ndarray:
-        """The teacher's text embeddings [n, E], L2-normalised; texts are cut at CLIP's positions."""
-        ids = [self.clip_text.encode(text) for text in texts]
-        ids = [i if len(i) <= self.clip_length else [*i[: self.clip_length - 1], i[-1]] for i in ids]
-        return self._over_texts(
-            lambda i, m: self._embed_clip(self.clip_params, i, m), ids, self.clip_text.pad, self.clip_length
-        )
-
-    def _width(self, rows: Sequence[list[int]], step: int = 16) -> int:
-        """Room for the longest: a multiple of `step`, so that few shapes are compiled, or all of the positions."""
-        longest = max(map(len, rows))
-        return max(min(-(-longest // step) * step, self.bart.config.max_position_embeddings), longest)
-
-    def _over_texts(self, function, ids: list[list[int]], pad_id: int, width: int) -> np.ndarray:
-        parts = []
-        for rows, count in _chunks(ids, self.batch_size):
-            parts.append(np.asarray(function(*pad(_fill(rows, self.batch_size), width, pad_id)))[:count])
-        return np.concatenate(parts)
-
-    def generate(
-        self,
-        params: Params,
-        sources: Sequence[list[int]],
-        prefixes: Sequence[list[int]],
-        max_new_tokens: int,
-        image_tokens: np.ndarray | None = None,
-        image_of: Sequence[int] | None = None,
-        contexts: Sequence[list[int]] | None = None,
-    ) -> list[str]:
-        """Greedy continuations, one text a row.
-
-        Args:
-          params: the student's (or BART's) parameters.
-          sources: what the encoder reads, ids without `<s>` and `</s>`.
-          prefixes: ids the decoder is forced through first (`<s>` is put before them).
-          image_tokens: [images, N, E] from `encode_images`; None: no image (text only, or the blind baseline).
-          image_of: which image each row is about; default: row k is about image k.
-
-        Raises:
-          UserError: a source or a prefix with its continuation is longer than the model's positions.
-        """
-        config, params = self.bart.config, jax.device_put(params)  # once, not with each batch
-        first = [config.decoder_start_token_id, self.text.bos]  # as training starts, whatever a directory forces
-        prefixes, sources = [first + list(p) for p in prefixes], [self.text.wrap(s) for s in sources]
-        limit = config.max_position_embeddings
-        contexts = [self.text.wrap(c) for c in contexts] if contexts is not None else [[]] * len(sources)
-        widths = tuple(self._width(rows) for rows in (sources, prefixes, contexts))
-        for rows, room in ((sources, limit), (prefixes, limit - max_new_tokens), (contexts, limit)):
-            if max(map(len, rows)) > room:
-                raise UserError(f"a prompt has {max(map(len, rows))} BART tokens, there is room for {room}; shorten it")
-        image_of = range(len(sources)) if image_of is None else image_of
-        texts: list[str] = []
-        for rows, count in _chunks(zip(sources, prefixes, contexts, image_of, strict=True), self.batch_size):
-            rows = _fill(rows, self.batch_size)
-            tokens = None if image_tokens is None else image_tokens[[row[3] for row in rows]]
-            source = pad([row[0] for row in rows], widths[0], self.text.pad)
-            prefix = pad([row[1] for row in rows], widths[1], self.text.pad)
-            context = pad([row[2] for row in rows], widths[2], self.text.pad) if widths[2] else None
-            ids = self._generate(params, tokens, context, source, prefix, max_new_tokens=max_new_tokens)
-            texts += [self.text.decode(row[row != self.text.pad]) for row in np.asarray(ids)[:count]]
-        return texts
+    source: list[int]
+    prefix: list[int]
+    image: Image.Image | np.ndarray | None = None
+    context: list[int] = dataclasses.field(default_factory=list)
 
 
-def _fill(rows: list, size: int) -> list:
-    return rows + [rows[0]] * (size - len(rows))
+def generate(
+    model: VLKD, requests: Iterable[Request], max_new_tokens: int, batch_size: int = BATCH_SIZE
+) -> Iterator[str]:
+    """Greedy continuations, one for each request, as the batches are done; either all have an image or none.
+
+    Raises:
+      UserError: a source, a context, or a prefix with its continuation is longer than the model's positions.
+    """
+    for rows in _chunks(requests, batch_size):
+        texts = _texts(model, rows, max_new_tokens, batch_size)
+        image = None if rows[0].image is None else _image_memory(model, rows, batch_size)
+        ids = _generate(model.bart, model.bart_params, image, *texts, max_new_tokens=max_new_tokens)
+        for row in np.asarray(ids)[: len(rows)]:
+            yield model.bart_text.decode(row[row != model.bart_text.pad])
 
 
-def _chunks(items: Iterable, size: int) -> Iterable[tuple[list, int]]:
-    rows: list = []
-    for item in items:
-        rows.append(item)
-        if len(rows) == size:
-            yield rows, size
-            rows = []
-    if rows:
-        yield rows, len(rows)
+def _texts(model: VLKD, rows: list[Request], max_new_tokens: int, batch_size: int):
+    """(source, context or None, prefix), each (ids, mask) with room for `batch_size` rows."""
+    text, limit = model.bart_text, model.bart.config.max_position_embeddings
+    first = [model.bart.config.decoder_start_token_id, text.bos]  # as training starts, whatever a directory forces
+    filled = _fill(rows, batch_size)
+    lists = (
+        ([text.wrap(row.source) for row in filled], limit),
+        ([text.wrap(row.context) for row in filled], limit) if rows[0].context else (None, limit),
+        ([first + row.prefix for row in filled], limit - max_new_tokens),
+    )
+    return tuple(None if ids is None else pad(ids, _width(ids, room), text.pad) for ids, room in lists)
+
+
+def _width(rows: Sequence[list[int]], room: int) -> int:
+    """Room for the longest, a multiple of `WIDTH_STEP` where there is as much. Raises UserError when there is not."""
+    longest = max(map(len, rows))
+    if longest > room:
+        raise UserError(f"a prompt has {longest} BART tokens, there is room for {room}; shorten it")
+    return min(-(-longest // WIDTH_STEP) * WIDTH_STEP, room)
+
+
+def _image_memory(model: VLKD, rows: list[Request], batch_size: int) -> tuple[decoding.Memory, np.ndarray]:
+    """The memories of the different images, and which of them each row reads [batch_size]."""
+    number: dict[int, int] = {}
+    image_of = [number.setdefault(id(row.image), len(number)) for row in rows]
+    images = {image: row.image for image, row in zip(image_of, rows, strict=True)}
+    room = min(1 << (len(images) - 1).bit_length(), batch_size)  # powers of two: few shapes are compiled
+    pixels = _pixels(model, images.values(), room)
+    memory = _project_images(model.student, model.teacher, model.image_tokens, model.params, model.clip_params, pixels)
+    return memory, np.array(image_of + [0] * (batch_size - len(rows)))
+
+
+def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) -> np.ndarray:
+    rows = [resize_and_crop(image, model.image_size) for image in images]
+    return np.stack(_fill(rows, room))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _project_images(
+    student: Student, teacher: Clip, image_tokens: str, params: Params, clip_params: Params, pixels: Array
+) -> decoding.Memory:
+    output = teacher.apply({"params": clip_params}, normalize_pixels(pixels), method="encode_images")
+    tokens = select_tokens(output, image_tokens)
+    prefix = student.apply({"params": params}, tokens, method="image_prefix")
+    bart = Bart(student.config, dtype=student.dtype)
+    return decoding.project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
+def _generate(bart: Bart, params: Params, image, source, context, prefix, max_new_tokens: int) -> Array:
+    """The decoder reads [image or encoded context, if any; encoded source]."""
+    memories = [] if image is None else [decoding.take_rows(*image)]
+    for ids, mask in [text for text in (context, source) if text is not None]:
+        hidden = bart.apply({"params": params}, ids, mask, method="encode")
+        memories.append(decoding.project_memory(bart, params, hidden, mask))
+    return decoding.greedy(bart, params, decoding.join_memories(*memories), *prefix, max_new_tokens)
+
+
+def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_size: int = BATCH_SIZE) -> np.ndarray:
+    """The teacher's image embeddings [n, E], L2-normalised."""
+
+    def embed(rows: list[Image.Image | np.ndarray]) -> Array:
+        return _embed_images(model.teacher, model.clip_params, _pixels(model, rows, batch_size))
+
+    return _over_batches(embed, images, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_images(teacher: Clip, params: Params, pixels: Array) -> Array:
+    return teacher.apply({"params": params}, normalize_pixels(pixels), method="encode_images").embedding
+
+
+def embed_texts(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:
+    """The student's sentence embeddings [n, E], L2-normalised.
+
+    Raises:
+      UserError: a text is longer than the model's positions.
+    """
+    text = model.bart_text
+    ids = [text.wrap(text.encode(caption)) for caption in texts]
+    width = _width(ids, model.bart.config.max_position_embeddings)
+
+    def embed(rows: list[list[int]]) -> Array:
+        return _embed_texts(model.student, model.params, *pad(_fill(rows, batch_size), width, text.pad))
+
+    return _over_batches(embed, ids, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts(student: Student, params: Params, ids: Array, mask: Array) -> Array:
+    def read(student: Student) -> Array:
+        return student.embed_sentence(student.encode(ids, mask), mask)
+
+    return student.apply({"params": params}, method=read)
+
+
+def embed_texts_clip(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:
+    """The teacher's text embeddings [n, E], L2-normalised; texts are cut at CLIP's positions."""
+    text, width = model.clip_text, model.teacher.config.text.max_position_embeddings
+    ids = [text.encode(caption) for caption in texts]
+    ids = [row if len(row) <= width else [*row[: width - 1], row[-1]] for row in ids]
+
+    def embed(rows: list[list[int]]) -> Array:
+        return _embed_texts_clip(model.teacher, model.clip_params, *pad(_fill(rows, batch_size), width, text.pad))
+
+    return _over_batches(embed, ids, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_texts_clip(teacher: Clip, params: Params, ids: Array, mask: Array) -> Array:
+    return teacher.apply({"params": params}, ids, mask, method="encode_texts")
+
+
+def _over_batches(function: Callable[[list[Item]], Array], items: Iterable[Item], batch_size: int) -> np.ndarray:
+    return np.concatenate([np.asarray(function(rows))[: len(rows)] for rows in _chunks(items, batch_size)])
+
+
+def _fill(rows: list[Item], size: int) -> list[Item]:
+    return rows + rows[:1] * (size - len(rows))
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while rows := list(itertools.islice(items, size)):
+        yield rows

@@ -1,7 +1,7 @@
 """The training loop, one for every objective: `python -m vlkd_jax.train --config=NAME --workdir=DIR`.
 
 The same command again goes on from the last checkpoint. DIR receives config.json, checkpoints/, metrics.jsonl and
-TensorBoard events. Exit codes: see vlkd_jax.entry.
+TensorBoard events.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import operator
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -24,16 +26,19 @@ from ml_collections import ConfigDict
 from vlkd_jax import entry, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import text_lengths, train_sources, train_stream
-from vlkd_jax.distill import Objective, make_objective, make_train_step
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
-from vlkd_jax.identity import check_inputs, hash_inputs, record_inputs, with_absolute_paths
+from vlkd_jax.identity import Hashes, check_inputs, hash_inputs, record_inputs, with_absolute_paths
 from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
-from vlkd_jax.types import Batch, TrainState
+from vlkd_jax.step import make_train_step
+from vlkd_jax.tasks import make_task
+from vlkd_jax.tasks.task import Frozen, Task
+from vlkd_jax.types import Batch, Params, TrainState
 from vlkd_jax.workdir import claim, write_atomic
 
 MAY_CHANGE = (
@@ -51,7 +56,8 @@ BOUNDS = {
         "student.whiten": "[0, inf)",
     },
     **dict.fromkeys(("data.text_length", "data.source_length", "data.replay_length"), "[3, inf)"),
-    **dict.fromkeys(("loss.ttdm", "loss.itcl", "loss.icti", "loss.text", "loss.l2", "early_stop.max_drop"), "[0, inf)"),
+    **dict.fromkeys(("loss.ttdm", "loss.itcl", "loss.icti", "loss.denoise", "loss.l2"), "[0, inf)"),
+    "early_stop.max_drop": "[0, inf)",
     **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
     **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete", "data.max_unusable"), "[0, 1]"),
     **dict.fromkeys(("dropout", "optim.b1", "optim.b2"), "[0, 1)"),
@@ -74,20 +80,32 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if any(Path(workdir).glob("checkpoints/step_*")):  # what has saved nothing yet may begin with other files
         check_inputs(Path(workdir), config, inputs)
     with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE, defaults) as directory:
-        mesh = sharding.make_mesh(config.mesh.data)
-        objective = make_objective(config)
-        optimizer = make_optimizer(config.optim, config.steps)
+        mesh, task = sharding.make_mesh(config.mesh.data), make_task(config)
+        sources = train_sources(config, task)
+        optimizer = make_optimizer(config.optim, config.steps, task.new)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
-            fresh, meta = checkpoints.latest() is None, {}
-            if fresh:
+            frozen = task.load_frozen(sharding.replicated(mesh))
+            if checkpoints.latest() is None:
                 record_inputs(directory, inputs)
-                objective = whitened(config, objective, mesh)
-            state = start_state(objective, optimizer, mesh)
-            if not fresh:
-                step, state, meta = checkpoints.restore(jax.tree.map(abstract, state))
-                _tell_changed_schedule(config, meta.get("steps", config.steps), step)
-            loop = _Loop(config, directory, objective, mesh, checkpoints, writer, meta)
-            return loop.run(state, make_train_step(objective, optimizer, config.dropout, config.seed))
+                params = whitened(config, task, task.load_params(sharding.replicated(mesh)), frozen, mesh)
+                state, meta = start_state(params, optimizer, mesh), {}
+            else:
+                step, parts, meta = checkpoints.restore(abstract_state(task, optimizer, mesh).parts())
+                state = TrainState.from_parts(parts)
+                _tell_changed_schedule(config, meta["steps"], step)
+            meta = _meta(config, task, inputs) | {"retention_start": meta.get("retention_start")}
+            loop = _Loop(
+                config=config,
+                directory=directory,
+                task=task,
+                frozen=frozen,
+                mesh=mesh,
+                checkpoints=checkpoints,
+                writer=writer,
+                sources=sources,
+                meta=meta,
+            )
+            return loop.run(state, make_train_step(task, optimizer, config.dropout, config.seed))
 
 
 def check_config(config: ConfigDict) -> None:
@@ -102,10 +120,6 @@ def check_config(config: ConfigDict) -> None:
         below = value < high or (value == high and interval[-1] == "]")
         if not (above and below):  # nor is what is no number
             raise UserError(f"config.{field} is {value}; it must lie in {interval}")
-    if config.objective == "vlkd" and not any(config.loss.values()):
-        raise UserError("every weight in config.loss is 0; give at least one of them a weight")
-    if config.data.source == "shapes_texts" and config.objective != "bart_denoise":
-        raise UserError("config.data.source is 'shapes_texts', which has no pictures; set it to shapes or folder")
     if config.early_stop.metric and not config.eval.every:
         raise UserError("config.early_stop.metric needs evaluations; set config.eval.every to a number of steps")
     if config.optim.schedule not in ("constant", "linear", "cosine"):
@@ -126,29 +140,39 @@ def _tell_changed_schedule(config: ConfigDict, before: int, step: int) -> None:
     )
 
 
-def whitened(config: ConfigDict, objective: Objective, mesh: jax.sharding.Mesh) -> Objective:
-    """The objective as training starts: where its student whitens, that is set from the first training images."""
-    if config.objective != "vlkd" or not config.student.whiten:
-        return objective
-    stream = train_stream(config, objective, 0)
-    statistics = whitening.estimate(objective, config.student.image_tokens, stream, config.student.whiten, mesh)
-    return dataclasses.replace(objective, params=objective.params | {"image_whitening": statistics})
+def _meta(config: ConfigDict, task: Task, inputs: Hashes) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its arrays."""
+    return {
+        "config_version": CONFIG_VERSION,
+        "config": json.loads(config.to_json_best_effort()),
+        "models": {name: model.to_hf() for name, model in task.configs.items()},
+        "inputs": inputs,
+        "steps": config.steps,
+    }
 
 
-def start_state(objective: Objective, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+def whitened(config: ConfigDict, task: Task, params: Params, frozen: Frozen, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters as training starts: where a student whitens, that is set from the first training images."""
+    if not task.whiten:
+        return params
+    statistics = whitening.estimate(task, frozen["clip"], train_stream(config, task, 0), mesh)
+    return params | {"image_whitening": jax.device_put(statistics, sharding.replicated(mesh))}
+
+
+def start_state(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """The state at step 0, every leaf a global array on the mesh (the scalars are made under jit: Orbax needs that)."""
-
-    def make(params) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
-
-    params = jax.tree.map(jnp.asarray, objective.params)
-    return jax.jit(make, out_shardings=sharding.replicated(mesh))(params)
+    return jax.jit(functools.partial(_start, optimizer), out_shardings=sharding.replicated(mesh))(params)
 
 
-def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of an array, for `Checkpoints.restore`."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _start(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, from the configuration alone."""
+    shapes = jax.eval_shape(functools.partial(_start, optimizer), task.abstract()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), shapes)
 
 
 class NanGuard:
@@ -187,16 +211,25 @@ class NanGuard:
                 )
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Loop:
-    """One run of the loop, with what it reports to."""
+    """One run of the loop, with what it reads from and reports to."""
 
-    def __init__(self, config, directory: Path, objective: Objective, mesh, checkpoints, writer, meta: dict):
-        self.config, self.objective, self.mesh, self.checkpoints = config, objective, mesh, checkpoints
-        self.frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
-        self.writer = writer
-        self.held_out = HeldOut(config, objective, self.frozen, mesh) if config.eval.every else None
-        self.early_stop = EarlyStop(config.early_stop.metric, config.early_stop.max_drop, meta.get("retention_start"))
-        self.stopped = directory / STOPPED
+    config: ConfigDict
+    directory: Path
+    task: Task
+    frozen: Frozen
+    mesh: jax.sharding.Mesh
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    sources: tuple[Any, Any]
+    meta: dict[str, Any]
+
+    def __post_init__(self):
+        config, limits = self.config, self.config.early_stop
+        self.held_out = HeldOut(config, self.task, self.frozen, self.mesh) if config.eval.every else None
+        self.early_stop = EarlyStop(limits.metric, limits.max_drop, self.meta["retention_start"])
+        self.stopped = self.directory / STOPPED
         self.rate = schedule(config.optim, config.optim.lr, config.steps)
         self.unusable = UnusableRecords(config.data.max_unusable)
 
@@ -208,22 +241,21 @@ class _Loop:
             return state
         shared = sharding.replicated(self.mesh)
         step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shared)
-        trained = {name: value for name, value in state.params.items() if name != "image_whitening"}
+        trained = {name: value for name, value in state.params.items() if name not in self.task.fixed}
         say(
             f"{config.objective}: {count_parameters(trained):,} parameters trained, "
             f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
         )
         say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
-        sources = train_sources(config)
-        for line in text_lengths(config, self.objective, sources):
+        for line in text_lengths(config, self.task, self.sources):
             say(line)
         progress = Progress(config.steps, config.batch_size, start)
         if start == 0:
             self._evaluate(0, state, progress)
             if self.early_stop.metric:
-                self.checkpoints.save(0, state, self._meta())
+                self._save(0, state)
         guard = NanGuard(config.nan_limit)
-        stream = train_stream(config, self.objective, start, self.unusable, sources)
+        stream = train_stream(config, self.task, start, self.unusable, self.sources)
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
             # returns at once: while the device runs this step, the next batch is read and put there
             state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)))
@@ -240,7 +272,7 @@ class _Loop:
                 return self._last_good(step, state)
             due = evaluated if self.early_stop.metric else step % config.save_every == 0 or step == config.steps
             if due:  # with early stopping only states that were evaluated are kept
-                self.checkpoints.save(step, state, self._meta())
+                self._save(step, state)
             if step == config.steps:
                 break
         self.checkpoints.wait()
@@ -280,17 +312,21 @@ class _Loop:
         progress.skip_time(time.monotonic() - before)
         return self.early_stop(figures)
 
-    def _meta(self) -> dict:
-        return {"retention_start": self.early_stop.start, "steps": self.config.steps}
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, state.parts(), self.meta | {"retention_start": self.early_stop.start})
 
     def _last_good(self, step: int, state: TrainState) -> TrainState:
         """The newest checkpoint: the last evaluated state that was within the limit. The run is marked as complete."""
         self.checkpoints.wait()
-        good, state, _ = self.checkpoints.restore(jax.tree.map(abstract, state))
+        good, parts, _ = self.checkpoints.restore(jax.tree.map(_abstract, state.parts()))
         write_atomic(self.stopped, (json.dumps({"stopped_at": step, "checkpoint": good}) + "\n").encode())
         self._finish(step)
         say(f"the checkpoint of step {good} stands")
-        return state
+        return TrainState.from_parts(parts)
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def main() -> None:

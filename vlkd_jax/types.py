@@ -15,7 +15,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 try:
-    from jaxtyping import Bool, Float, Float32, Int
+    from jaxtyping import Bool, Float, Float32, Int, Key, UInt8
 except ImportError:  # only the tests check shapes; the models run without it
 
     class Float:
@@ -24,9 +24,22 @@ except ImportError:  # only the tests check shapes; the models run without it
         def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
             return item[0]
 
-    Bool = Float32 = Int = Float
+    Bool = Float32 = Int = Key = UInt8 = Float
 
-__all__ = ["Array", "ArrayLike", "Batch", "Bool", "DTypeLike", "Float", "Float32", "Int", "Params", "TrainState"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Batch",
+    "Bool",
+    "DTypeLike",
+    "Float",
+    "Float32",
+    "Int",
+    "Key",
+    "Params",
+    "TrainState",
+    "UInt8",
+]
 
 Array = jax.Array
 Params = Any
@@ -35,11 +48,11 @@ Params = Any
 
 @flax.struct.dataclass
 class Batch:
-    """One batch; a field that an objective does not use is None.
+    """One batch; a field that a task does not use is None.
 
     Attributes:
       index: int64 [B], which record of the source each row is (to name the rows of a bad batch).
-      pixels: float32 [B, height, width, 3], normalised with CLIP's statistics.
+      pixels: uint8 [B, height, width, 3]; what reads them normalises them with CLIP's statistics.
       clip_ids, clip_mask: int32 and bool [B, 77 or the model's positions], the clean caption in CLIP's tokens.
       text_ids, text_mask: int32 and bool [B, L], the clean text in BART's tokens, `<s>` to `</s>`; also the target.
       target_mask: bool [B, L], which of text_ids the losses count: all but padding and a given prompt.
@@ -64,7 +77,7 @@ class Batch:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a checkpoint holds. The frozen teacher is not part of it.
+    """All that a checkpoint holds, in the parts that `parts` gives. The frozen teacher is not part of it.
 
     Attributes:
       step: int32 [], optimizer steps taken, skipped ones included.
@@ -79,3 +92,13 @@ class TrainState:
     opt_state: Any
     skipped: Array
     skipped_in_row: Array
+
+    def parts(self) -> dict[str, Any]:
+        """What is stored apart, so that each can be read without the others: params, opt_state and the progress."""
+        progress = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        return {"params": self.params, "opt_state": self.opt_state, "progress": progress}
+
+    @classmethod
+    def from_parts(cls, parts: dict[str, Any]) -> TrainState:
+        """The state whose `parts` these are."""
+        return cls(params=parts["params"], opt_state=parts["opt_state"], **parts["progress"])

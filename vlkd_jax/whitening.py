@@ -16,39 +16,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlkd_jax import sharding
-from vlkd_jax.distill import Objective, select_tokens
-from vlkd_jax.types import Array, Batch, Float, Float32, Params
+from vlkd_jax.models.clip import normalize_pixels
+from vlkd_jax.tasks.distill import select_tokens
+from vlkd_jax.tasks.task import Task
+from vlkd_jax.types import Array, Batch, Float, Float32, Params, UInt8
 
 FLOOR = 1e-3
 """Added to every variance, as a share of their mean: directions far below it are not blown up."""
 
 
-def estimate(
-    objective: Objective, image_tokens: str, stream: Iterator[Batch], images: int, mesh: jax.sharding.Mesh
-) -> Params:
-    """{"mean" [D], "matrix" [D, D]} float32 from the image tokens of the stream's first batches, `images` or more.
+def estimate(task: Task, clip_params: Params, stream: Iterator[Batch], mesh: jax.sharding.Mesh) -> Params:
+    """{"mean" [D], "matrix" [D, D]} float32 from the image tokens of the first `task.whiten` images or a few more.
 
     Args:
-      objective: a distillation, with its teacher.
-      image_tokens: which of the teacher's tokens, as in `config.student`.
+      task: a distillation; clip_params: its teacher's, on the devices.
       stream: this process's batches.
-      images: of the global batches together.
       mesh: the devices the work is spread over.
     """
 
     def sums(
-        params: Params, pixels: Float[Array, "B height width 3"]
+        params: Params, pixels: UInt8[Array, "B height width 3"]
     ) -> tuple[Float32[Array, " D"], Float32[Array, "D D"]]:
-        output = objective.teacher.apply({"params": params}, pixels, method="encode_images")
-        tokens = select_tokens(output, image_tokens).astype(jnp.float32)
+        output = task.teacher.apply({"params": params}, normalize_pixels(pixels), method="encode_images")
+        tokens = select_tokens(output, task.image_tokens).astype(jnp.float32)
         outer = jnp.einsum("bnd,bne->de", tokens, tokens, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(tokens, (0, 1)) / tokens.shape[1], outer / tokens.shape[1]
 
     compiled = jax.jit(sums, out_shardings=sharding.replicated(mesh))
     seen, total, outer = 0, 0.0, 0.0
-    while seen < images:
+    while seen < task.whiten:
         pixels = sharding.put(mesh, next(stream).pixels)
-        batch_sums = jax.device_get(compiled(objective.frozen["clip"], pixels))
+        batch_sums = jax.device_get(compiled(clip_params, pixels))
         total, outer = total + batch_sums[0].astype(np.float64), outer + batch_sums[1].astype(np.float64)
         seen += pixels.shape[0]
     mean = total / seen

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlkd_jax.data import images
-from vlkd_jax.data.images import check_header, normalize_pixels, open_image, resize_and_crop
+from vlkd_jax.data.images import check_header, open_image, resize_and_crop
 from vlkd_jax.errors import UserError
+from vlkd_jax.models.clip import MEAN, STD, normalize_pixels
 
 SIZES = [
     (224, 224),
@@ -41,7 +41,7 @@ def to_bytes(image, kind, **options):
 
 
 def pixels(source, size=224):
-    return normalize_pixels(resize_and_crop(open_image(source), size))
+    return np.asarray(normalize_pixels(resize_and_crop(open_image(source), size)))
 
 
 @pytest.mark.parity
@@ -61,7 +61,7 @@ def test_pixels_are_those_of_hugging_face(rng, size):
 
 def test_normalise_is_clips(rng):
     picture = rng.integers(0, 256, (5, 4, 3), np.uint8)
-    expected = (picture / 255.0 - images.MEAN.astype(np.float64)) / images.STD
+    expected = (picture / 255.0 - MEAN.astype(np.float64)) / STD
     np.testing.assert_allclose(normalize_pixels(picture), expected, atol=2e-6)
     assert normalize_pixels(picture).dtype == np.float32
 
@@ -115,19 +115,19 @@ def test_transparency_lies_on_white(rng):
     expected[:8] = 255
     np.testing.assert_array_equal(np.asarray(open_image(to_bytes(Image.fromarray(whole), "PNG"))), expected)
     grey = Image.fromarray(whole).convert("LA")
-    found = np.asarray(open_image(to_bytes(grey, "PNG")))
-    assert (found[:8] == 255).all() and (found[8:] == np.asarray(grey)[8:, :, :1]).all()
+    opened = np.asarray(open_image(to_bytes(grey, "PNG")))
+    assert (opened[:8] == 255).all() and (opened[8:] == np.asarray(grey)[8:, :, :1]).all()
 
 
 def test_palettes(rng):
     palette = Image.fromarray(smooth(rng, 20, 16)).quantize(16)
     for kind in ("PNG", "GIF", "BMP"):
-        found = open_image(to_bytes(palette, kind))
-        assert found.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(palette.convert("RGB")))
+        opened = open_image(to_bytes(palette, kind))
+        assert opened.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(opened), np.asarray(palette.convert("RGB")))
     indices = np.asarray(palette)
-    found = np.asarray(open_image(to_bytes(palette, "PNG", transparency=int(indices[0, 0]))))
-    assert (found[indices == indices[0, 0]] == 255).all()
+    opened = np.asarray(open_image(to_bytes(palette, "PNG", transparency=int(indices[0, 0]))))
+    assert (opened[indices == indices[0, 0]] == 255).all()
     frames = [Image.fromarray(smooth(rng, 20, 16)) for _ in range(3)]
     animated = to_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(open_image(animated)).shape == (16, 20, 3)
@@ -138,25 +138,25 @@ def test_other_colour_models(rng, mode):
     picture = Image.fromarray(smooth(rng, 40, 30)).convert(mode)
     kind = "PNG" if mode in ("1", "L") else "JPEG"
     data = to_bytes(picture, kind)
-    found = open_image(data)
-    assert found.mode == "RGB" and found.size == (40, 30)
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    opened = open_image(data)
+    assert opened.mode == "RGB" and opened.size == (40, 30)
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_keep_their_shades(kind):
     """Pillow's own conversion would clip everything above 255 to white."""
     ramp = np.linspace(0, 65535, 64 * 8).astype(np.uint16).reshape(8, 64)
-    found = np.asarray(open_image(to_bytes(Image.fromarray(ramp), kind)))
-    assert found.shape == (8, 64, 3) and found.dtype == np.uint8
-    assert np.abs(found[..., 0].astype(float) - ramp / 257.0).max() <= 1
+    opened = np.asarray(open_image(to_bytes(Image.fromarray(ramp), kind)))
+    assert opened.shape == (8, 64, 3) and opened.dtype == np.uint8
+    assert np.abs(opened[..., 0].astype(float) - ramp / 257.0).max() <= 1
 
 
 def test_strips_do_not_become_huge(rng):
     """A picture of 1 x 20,000 enlarged to 224 pixels across would take 3 GB."""
     for shape in ((1, 20_000), (20_000, 1), (2, 4001)):
-        found = resize_and_crop(Image.fromarray(smooth(rng, *shape)), 224)
-        assert found.shape == (224, 224, 3)
+        resized = resize_and_crop(Image.fromarray(smooth(rng, *shape)), 224)
+        assert resized.shape == (224, 224, 3)
 
 
 def chunk(name, body):
@@ -181,6 +181,7 @@ CHILD = """
 import resource, sys
 from vlkd_jax.data.images import open_image
 from vlkd_jax.errors import UserError
+from vlkd_jax.models.clip import MEAN, STD, normalize_pixels
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     open_image(sys.argv[1])

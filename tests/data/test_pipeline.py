@@ -15,12 +15,12 @@ from vlkd_jax.data.pipeline import Corruption, Encoder, UnusableRecords, batches
 from vlkd_jax.data.sources import Record, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
-from vlkd_jax.distill import make_objective
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.models.configs import ClipTextConfig
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.shapes.world import SPLITS
+from vlkd_jax.tasks import make_task
 from vlkd_jax.types import Batch
 
 
@@ -102,7 +102,7 @@ def test_the_seed_decides(encoders):
 
 def test_shapes_and_dtypes(encoders):
     pair, text = take(1, ShapesPairs(0, "train"), encoders[0])[0], take(1, ShapesTexts(0, "train"), encoders[1])[0]
-    assert pair.pixels.shape == (4, 24, 24, 3) and pair.pixels.dtype == np.float32
+    assert pair.pixels.shape == (4, 24, 24, 3) and pair.pixels.dtype == np.uint8
     for batch, fields in (
         (pair, {"clip": 40, "text": 40, "source": 40}),
         (text, {"text": 40, "source": 64, "context": 40}),
@@ -254,12 +254,12 @@ def test_bad_records_are_replaced_where_they_stand(encoders, shuffle, capsys):
     """The other rows are untouched; the same ones take their places whatever the threads, processes and start."""
     whole = take(14, Numbers(), encoders[1], shuffle=shuffle)
     options = {"shuffle": shuffle, "unusable": UnusableRecords(1.0)}
-    found = take(14, SomeBad(3, 8), encoders[1], **options)
+    taken = take(14, SomeBad(3, 8), encoders[1], **options)
     told = capsys.readouterr().out
     assert options["unusable"].reasons == {"image not found": 1, "caption empty": 1}
     assert told.count("record passed over, image not found: number 3 is bad") == told.count("number 8 is bad") == 1
     replaced = 0
-    for ours, theirs in zip(found, whole, strict=True):
+    for ours, theirs in zip(taken, whole, strict=True):
         assert len(ours.index) == 4
         for k in range(4):
             if theirs.index[k] in (3, 8):
@@ -268,9 +268,9 @@ def test_bad_records_are_replaced_where_they_stand(encoders, shuffle, capsys):
             else:
                 jax.tree.map(lambda a, b, k=k: np.testing.assert_array_equal(a[k], b[k]), ours, theirs)
     assert replaced == sum(np.isin(batch.index, (3, 8)).sum() for batch in whole) >= 4
-    same(take(9, SomeBad(3, 8), encoders[1], **options, start=5, threads=2), found[5:])
+    same(take(9, SomeBad(3, 8), encoders[1], **options, start=5, threads=2), taken[5:])
     parts = [take(14, SomeBad(3, 8), encoders[1], **options, process=(p, 2)) for p in range(2)]
-    for step, batch in enumerate(found):
+    for step, batch in enumerate(taken):
         rows = [jax.tree.map(lambda x, r=r: x[r // 2], parts[r % 2][step]) for r in range(4)]
         same([batch], [jax.tree.map(lambda *leaves: np.stack(leaves), *rows)])
 
@@ -335,10 +335,10 @@ def folder_config(assets, tmp_path, **changes):
 @pytest.mark.parametrize("replay", ["", "captions"])
 def test_replayed_captions_are_not_the_pairs_own(assets, tmp_path, replay):
     """They come in another order and with another corruption: the same row again would teach nothing new."""
-    config = folder_config(assets, tmp_path, data__replay=replay, loss__text=1.0, data__replay_length=40)
-    objective = make_objective(config)
+    config = folder_config(assets, tmp_path, data__replay=replay, loss__denoise=1.0, data__replay_length=40)
+    task = make_task(config)
     same_text, same_source, rows = 0, 0, 0
-    for batch in itertools.islice(train_stream(config, objective, 0), 12):
+    for batch in itertools.islice(train_stream(config, task, 0), 12):
         for k in range(len(batch.index)):
             rows += 1
             same_text += (batch.text_ids[k] == batch.replay.text_ids[k]).all()
@@ -364,12 +364,12 @@ def test_training_and_held_out_items_do_not_meet(assets, tmp_path):
             {s[i].name for i in range(len(s))} for s in (make(config, "train"), make(config, "validation"))
         )
         assert train and validation and not train & validation
-    objective = make_objective(config)
-    first, again = held_out(config, objective), held_out(config, objective)
+    task = make_task(config)
+    first, again = held_out(config, task), held_out(config, task)
     same(first, again)
     names = {
         make_source(config, "train")[int(i)].name
-        for b in itertools.islice(train_stream(config, objective, 0), 8)
+        for b in itertools.islice(train_stream(config, task, 0), 8)
         for i in b.index
     }
     assert len(names) == 30
@@ -380,15 +380,15 @@ WORDS = ("question", "answer", "?", "yes", "no")
 
 def decoded(encoder, batch):
     """Everything a batch says, in words; whole words are looked for, so "no" is not found in "not"."""
-    found = []
+    said = []
     for name in ("text", "source", "context"):
         ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
         if ids is not None:
-            found += [encoder.bart_text.decode(row[keep]) for row, keep in zip(ids, mask)]
+            said += [encoder.bart_text.decode(row[keep]) for row, keep in zip(ids, mask)]
     if batch.clip_ids is not None:
         clip = encoder.clip_text
-        found += [clip._tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.clip_ids, batch.clip_mask)]
-    return found
+        said += [clip._tokenizer.decode(row[keep].tolist()) for row, keep in zip(batch.clip_ids, batch.clip_mask)]
+    return said
 
 
 def says(texts, word):
@@ -399,12 +399,12 @@ def says(texts, word):
 @pytest.mark.parametrize("twins", [1, 4])
 def test_no_question_meets_an_image(assets, replay, twins):
     """120 batches of what distillation reads: no word of a question or an answer stands beside pixels, ever."""
-    config = tiny_config(assets, loss__text=replay, data__twins=twins, batch_size=16, data__threads=0)
-    objective = make_objective(config)
+    config = tiny_config(assets, loss__denoise=replay, data__twins=twins, batch_size=16, data__threads=0)
+    task = make_task(config)
     kinds = set()
-    for batch in itertools.islice(train_stream(config, objective, 0), 120):
+    for batch in itertools.islice(train_stream(config, task, 0), 120):
         assert batch.pixels is not None
-        beside_pixels = decoded(objective.encoder, batch)
+        beside_pixels = decoded(task.encoder, batch)
         assert len(beside_pixels) == 3 * 16
         for word in WORDS:
             assert not says(beside_pixels, word), word
@@ -412,17 +412,17 @@ def test_no_question_meets_an_image(assets, replay, twins):
         assert (batch.replay is not None) == bool(replay)
         if batch.replay is not None:
             assert batch.replay.pixels is None and batch.replay.clip_ids is None and batch.replay.replay is None
-            kinds |= {word for word in WORDS if says(decoded(objective.replay_encoder, batch.replay), word)}
+            kinds |= {word for word in WORDS if says(decoded(task.replay_encoder, batch.replay), word)}
     assert kinds == (set(WORDS) if replay else set())  # the search finds such words where they are
 
 
 def test_no_question_steers_a_run(assets):
     """The held-out pairs have none either, and pairs come from a class that knows no question."""
     config = tiny_config(assets, eval__batches=10, batch_size=16)
-    objective = make_objective(config)
-    for batch in held_out(config, objective):
-        assert not any(says(decoded(objective.encoder, batch), word) for word in WORDS)
-    for batch in held_out(config, objective, texts=True):
+    task = make_task(config)
+    for batch in held_out(config, task):
+        assert not any(says(decoded(task.encoder, batch), word) for word in WORDS)
+    for batch in held_out(config, task, texts=True):
         assert batch.pixels is None
     for split in ("train", "validation"):
         source = make_source(config, split)
@@ -440,10 +440,10 @@ def test_pairs_cannot_ask(monkeypatch):
 
 
 def test_replay_of_a_users_texts_has_no_picture(assets, tmp_path):
-    config = folder_config(assets, tmp_path, data__replay=f"{tmp_path}/texts.txt", loss__text=1.0)
-    objective = make_objective(config)
+    config = folder_config(assets, tmp_path, data__replay=f"{tmp_path}/texts.txt", loss__denoise=1.0)
+    task = make_task(config)
     assert isinstance(make_text_source(config, "train").source, TextLines)
     assert isinstance(make_source(config, "train"), Subset)
-    for batch in itertools.islice(train_stream(config, objective, 0), 10):
-        assert not any(says(decoded(objective.encoder, batch), word) for word in WORDS)
-        assert says(decoded(objective.replay_encoder, batch.replay), "question") and batch.replay.pixels is None
+    for batch in itertools.islice(train_stream(config, task, 0), 10):
+        assert not any(says(decoded(task.encoder, batch), word) for word in WORDS)
+        assert says(decoded(task.replay_encoder, batch.replay), "question") and batch.replay.pixels is None

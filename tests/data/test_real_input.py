@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny import ROOT, SHARED_DATA, command_line
 
-from vlkd_jax.evaluate import load_run
 from vlkd_jax.hf.random import write_random
+from vlkd_jax.vlkd import load_run
 
 pytestmark = pytest.mark.shared_data
 PHOTOS = SHARED_DATA / "coco_open"
@@ -51,9 +51,9 @@ def plausible(host_gib):
 
 
 def test_training_moves_the_student_and_measures_retention(run):
-    _, objective, params, step = load_run(run)
+    task, params, step = load_run(run)
     assert step == 4
-    before, after = jax.tree.leaves(objective.params), jax.tree.leaves(params)
+    before, after = jax.tree.leaves(task.load_params()), jax.tree.leaves(params)
     assert any(np.abs(np.asarray(a) - b).max() > 0 for a, b in zip(after, before, strict=True))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = {line["step"]: line for line in lines if line["kind"] == "eval"}

@@ -10,9 +10,9 @@ from PIL import Image
 from vlkd_jax.data.pipeline import Encoder, batches
 from vlkd_jax.data.sources import FolderPairs, Subset, TextLines
 from vlkd_jax.data.text import BartText
-from vlkd_jax.evals.captions import scene_match
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
+from vlkd_jax.shapes.suite import scene_match
 
 
 def is_corrupted(source, text, mask):
@@ -67,8 +67,8 @@ def test_captions_of_the_world_are_of_their_scene(split):
     source = ShapesPairs(5, split, twins=2, complete=1.0)
     for index in range(60):
         scene = world.make_scene(5, split, index, 2)
-        assert scene_match(source[index].text, scene)[0]
-        assert not scene_match(source[index ^ 1].text, scene)[0]
+        assert scene_match(source[index].text, [t.attributes for t in scene.things])[0]
+        assert not scene_match(source[index ^ 1].text, [t.attributes for t in scene.things])[0]
 
 
 @pytest.fixture

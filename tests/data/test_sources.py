@@ -61,8 +61,8 @@ def refused(folder, name, content):
 def test_folder_formats(folder, name):
     pairs = read(folder, name, FORMATS[name](PAIRS))
     assert len(pairs) == 3
-    found = [(str(r.image.relative_to(folder / "images")), r.text) for r in (pairs[i] for i in range(3))]
-    assert found == ONE_LINE
+    kept = [(str(r.image.relative_to(folder / "images")), r.text) for r in (pairs[i] for i in range(3))]
+    assert kept == ONE_LINE
     assert all(name in pairs[i].name for i in range(3)) and len({pairs[i].name for i in range(3)}) == 3
 
 
@@ -136,9 +136,9 @@ def test_parts_are_disjoint_and_complete(folder, every):
     path.write_text("\n\n".join(f"line {i}" for i in range(47)) + "\n")
     whole = TextLines(path)
     parts = [Subset(whole, held_out, every) for held_out in (True, False)]
-    found = [{part[i].text for i in range(len(part))} for part in parts]
-    assert [len(f) for f in found] == [len(p) for p in parts]
-    assert not found[0] & found[1] and found[0] | found[1] == {f"line {i}" for i in range(47)}
+    texts = [{part[i].text for i in range(len(part))} for part in parts]
+    assert [len(f) for f in texts] == [len(p) for p in parts]
+    assert not texts[0] & texts[1] and texts[0] | texts[1] == {f"line {i}" for i in range(47)}
 
 
 def test_about_one_in_so_many_is_held_out(folder):

@@ -140,15 +140,15 @@ def plain_infill(length, rng, ratio, poisson):
 
 def gaps(out, length):
     """(masks in a row, tokens missing there) for each run of masks."""
-    found, masks, position = [], 0, 0
+    runs, masks, position = [], 0, 0
     for item in [*out, length]:
         if item == MASK:
             masks += 1
             continue
         if masks:
-            found.append((masks, item - position))
+            runs.append((masks, item - position))
         masks, position = 0, item + 1
-    return found
+    return runs
 
 
 def same_distribution(ours, theirs, tail=5):
@@ -216,9 +216,9 @@ def test_what_is_left_is_the_text_in_order():
 
 def test_spans_of_length_zero_insert_and_neighbours_stay_two_masks():
     outs = corrupt(30, 2000)
-    found = [gap for out in outs for gap in gaps(out, 30)]
-    assert (1, 0) in found
-    assert any(m >= 2 and n >= 2 for m, n in found)
+    replaced = [gap for out in outs for gap in gaps(out, 30)]
+    assert (1, 0) in replaced
+    assert any(m >= 2 and n >= 2 for m, n in replaced)
     for poisson in (0.01, 0.05):
         assert max(len(out) for out in corrupt(10, 20, poisson=poisson)) > 10
 

@@ -1,11 +1,15 @@
 """Text abilities: figures are means over tokens, and each question is asked beside its own description."""
 
+import types
+
 import numpy as np
 import pytest
 
 from vlkd_jax.data.text import BartText
-from vlkd_jax.evals.retention import answer_texts, mean_terms, text_questions, without_dropout
+from vlkd_jax.evals import retention
+from vlkd_jax.evals.retention import answer_texts, mean_terms, without_dropout
 from vlkd_jax.shapes import world
+from vlkd_jax.shapes.sources import text_questions
 from vlkd_jax.types import Batch
 
 COUNT = 40
@@ -20,36 +24,35 @@ def test_means_are_over_what_is_counted_not_over_batches(rng):
         kept = batch.target_mask
         return {"text": (params * (batch.text_ids * kept).sum(), kept.sum()), "one": (frozen * 1.0, 1.0)}
 
-    found = mean_terms(without_dropout(terms), 2.0, 3.0, batches)
+    means = mean_terms(without_dropout(terms), 2.0, 3.0, batches)
     kept = np.concatenate([batch.text_ids[batch.target_mask] for batch in batches])
-    assert found == {"text": pytest.approx(2 * kept.mean(), rel=1e-5), "one": 3}
+    assert means == {"text": pytest.approx(2 * kept.mean(), rel=1e-5), "one": 3}
 
 
 def test_descriptions_are_of_the_scene_that_is_asked_about():
     """A description names every attribute of its scene, and the answer follows from that scene."""
-    items = text_questions(5, "validation", COUNT)
+    items = text_questions(COUNT, seed=5)
     asked = list(world.question_set(5, "validation", COUNT))
-    assert [question for _, question in items] == [question for _, _, question in asked]
-    for (description, _), (index, _, _) in zip(items, asked, strict=True):
+    assert [(item.question, item.answer, item.kind) for item in items] == [
+        (q.question, q.answer, q.kind) for *_, q in asked
+    ]
+    for item, (index, _, _) in zip(items, asked, strict=True):
         scene = world.make_scene(5, "validation", index)
-        assert all(word in description for thing in scene.things for word in thing.attributes)
-    assert len({description for description, _ in items}) > COUNT / 3
+        assert item.scene == index and all(word in item.context for thing in scene.things for word in thing.attributes)
+    assert len({item.context for item in items}) > COUNT / 3
 
 
-def test_each_question_is_asked_beside_its_description(assets):
-    items = text_questions(5, "validation", COUNT)
-    expected = {(description, question.question): f"answer {k}" for k, (description, question) in enumerate(items)}
+def test_each_question_is_asked_beside_its_description(assets, monkeypatch):
+    items = text_questions(COUNT, seed=5)
+    expected = {(item.context, item.question): f"answer {k}" for k, item in enumerate(items)}
+    text = BartText(assets / "bart")
 
-    class Oracle:
-        text = BartText(assets / "bart")
+    def generate(model, requests, max_new_tokens):
+        for request in requests:
+            assert request.source == [*request.prefix, text.mask] and request.image is None
+            question = text.decode(request.prefix).removeprefix("question: ").removesuffix(" answer:")
+            yield expected[text.decode(request.context), question]
 
-        def generate(self, params, sources, prefixes, max_new_tokens, contexts):
-            decode = self.text.decode
-            said = []
-            for source, prefix, context in zip(sources, prefixes, contexts, strict=True):
-                assert source == [*prefix, self.text.mask]
-                question = decode(prefix).removeprefix("question: ").removesuffix(" answer:")
-                said.append(expected[decode(context), question])
-            return said
-
-    assert answer_texts(Oracle(), None, items) == [expected[d, question.question] for d, question in items]
+    monkeypatch.setattr(retention, "generate", generate)
+    answers = answer_texts(types.SimpleNamespace(bart_text=text), items)
+    assert answers == [expected[item.context, item.question] for item in items]

@@ -21,9 +21,9 @@ def test_coverage_on_clustered_data(rng, monkeypatch):
     clustered, alone = [], []
     for _ in range(150):
         values, clusters = simulate(rng)
-        for found, groups in ((clustered, clusters), (alone, np.arange(len(values)))):
+        for bounds, groups in ((clustered, clusters), (alone, np.arange(len(values)))):
             low, high = interval(values, groups)
-            found.append(low <= 0.5 <= high)
+            bounds.append(low <= 0.5 <= high)
     assert 0.89 <= np.mean(clustered) <= 0.99
     assert np.mean(alone) < np.mean(clustered) - 0.08  # what comes of taking the questions for independent
 

@@ -2,9 +2,9 @@
 
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from vlkd_jax.configs import suites
@@ -13,7 +13,7 @@ from vlkd_jax.evaluate import circumstances
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.demo import _summary
 from vlkd_jax.shapes.report import write_report
-from vlkd_jax.shapes.suite import ShapesSuite
+from vlkd_jax.shapes.suite import items, judge, score
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,44 +24,22 @@ def quick_intervals():
         yield
 
 
-class Words:
-    """A tokenizer whose only token is the whole text."""
-
-    mask = "<mask>"
-
-    def encode_template(self, template, **fields):
-        return [template.format(**fields)]
-
-    def encode(self, text):
-        return [text]
-
-
-class Replies:
-    """Stands in for a predictor: `reply(task, k, truth)` is what it says to the k-th question or picture."""
-
-    image_size, text = None, Words()
-
-    def __init__(self, suite, reply):
-        self.reply = reply
-        self.answers = [q.answer for _, _, q in world.question_set(suite.seed, suite.split, suite.questions)]
-        self.scenes = [world.make_scene(suite.seed, suite.split, k) for k in range(suite.captions)]
-
-    def encode_images(self, pictures):
-        self.count = len(list(pictures))
-        return np.zeros((self.count, 1, 1)), np.eye(self.count)
-
-    def embed_texts(self, params, texts):
-        return np.eye(len(texts), self.count)
-
-    def embed_texts_clip(self, texts):
-        return np.eye(len(texts), self.count)
-
-    def generate(self, params, sources, prefixes, limit, image_tokens=None, image_of=None, contexts=None):
-        if image_tokens is not None and image_of is None:
-            truths = [" and ".join("a {} {} {} at {}".format(*t.attributes) for t in s.things) for s in self.scenes]
-            return [self.reply("caption", k, truth) for k, truth in enumerate(truths)]
-        task = "text" if contexts is not None else "blind" if image_tokens is None else "vqa"
-        return [self.reply(task, k, self.answers[k]) for k in range(len(sources))]
+def rows_of(suite, reply):
+    """The rows of a model that says `reply(task, k, truth)` to the k-th item of a task, and finds every picture."""
+    rows, counts = [], Counter()
+    for item in items(suite):
+        task = item.row["task"]
+        k, row = counts[task], item.row | {"hit": True, "clip_hit": True}
+        counts[task] += 1
+        if task == "retrieval":
+            rows.append(row | judge(row))
+            continue
+        truth = item.row["answers"][0]
+        if task == "caption":
+            truth = " and ".join("a {} {} {} at {}".format(*thing) for thing in item.row["things"])
+        row = item.row | {"raw": reply({"vqa_blind": "blind", "text_qa": "text"}.get(task, task), k, truth)}
+        rows.append(row | judge(row))
+    return rows
 
 
 def small_suite():
@@ -92,10 +70,8 @@ def build(directory, reply=mixed, lines=None):
         suite.split = split
         # of kinds it has seen, every fifth answer that would be wrong is right
         said = reply if split == "test" else lambda task, k, truth: truth if k % 5 == 0 else reply(task, k, truth)
-        runner = ShapesSuite(suite, Replies(suite, said))
-        before, _ = ShapesSuite(suite, Replies(suite, lambda task, k, truth: "no")).run(None)
-        after, rows = runner.run(None, blind=True)
-        summaries.append(_summary(before, after, runner.majority()))
+        rows, before = rows_of(suite, said), rows_of(suite, lambda task, k, truth: "no")
+        summaries.append(_summary(score(before), score(rows)))
     result = summaries[1] | {"seen_kinds": summaries[0], "steps": 1234, **circumstances(2)}
     metrics = directory / "metrics.jsonl"
     if lines is not None:

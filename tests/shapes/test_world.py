@@ -44,7 +44,7 @@ def test_all_is_a_function_of_the_seed(split):
 
 def test_splits_differ():
     pictures = {split: {world.render(scene).tobytes() for scene in scenes(split, 100)} for split in SPLITS}
-    assert all(len(found) == 100 for found in pictures.values())
+    assert all(len(views) == 100 for views in pictures.values())
     for a, b in itertools.combinations(SPLITS, 2):
         assert not pictures[a] & pictures[b]
         assert sum(x.things == y.things for x, y in zip(scenes(a, 100), scenes(b, 100))) == 0
@@ -81,8 +81,8 @@ def test_scenes_are_well_formed(split):
 
 def test_twins_differ_in_one_change():
     changed = dict.fromkeys((*FIELDS, "places", "more", "less"), 0)
-    found = scenes("train", COUNT, twins=4)
-    for base, *others in (found[i : i + 4] for i in range(0, COUNT, 4)):
+    drawn = scenes("train", COUNT, twins=4)
+    for base, *others in (drawn[i : i + 4] for i in range(0, COUNT, 4)):
         for twin in others:
             old, new = set(base.things) - set(twin.things), set(twin.things) - set(base.things)
             if len(old) + len(new) == 1:
@@ -104,9 +104,9 @@ def test_twins_differ_in_one_change():
 def solve(scene, text):
     """The answer to a question, from the objects and where they are drawn; fails unless there is just one."""
 
-    def only(found):
-        assert len(found) == 1, (text, scene)
-        return found[0]
+    def only(candidates):
+        assert len(candidates) == 1, (text, scene)
+        return candidates[0]
 
     things, middle = scene.things, world.IMAGE_SIZE / 2
 
@@ -119,23 +119,23 @@ def solve(scene, text):
 
     if re.fullmatch(r"how many (objects|shapes|things) are there\?", text):
         return {1: "one", 2: "two", 3: "three"}[len(things)]
-    if found := re.fullmatch(r"is there (an?) (\w+) (\w+)\?", text):
-        assert (found[1] == "an") == (found[2] == "orange")
-        return "yes" if any(t.color == found[2] and t.shape == found[3] for t in things) else "no"
-    if found := re.fullmatch(r"what (color|shape) is the object at (.+)\?", text):
-        return getattr(only([t for t in things if is_at(t, found[2])]), found[1])
-    if found := re.fullmatch(r"what color is the (\w+)\?", text):
-        return only([t.color for t in things if t.shape == found[1]])
-    if found := re.fullmatch(r"what shape is the (\w+) object\?", text):
-        return only([t.shape for t in things if t.color == found[1]])
-    if found := re.fullmatch(r"what size is the (\w+ \w+)\?", text):
-        return "small" if named(found[1]).radius < 11.5 else "large"
-    if found := re.fullmatch(r"where is the (\w+ \w+)\?", text):
-        return only([place for place in POSITIONS if is_at(named(found[1]), place)])
-    if found := re.fullmatch(r"is the (\w+ \w+) to the left or to the right of the (\w+ \w+)\?", text):
-        return "left" if named(found[1]).x < named(found[2]).x else "right"
-    found = re.fullmatch(r"is the (\w+ \w+) above or below the (\w+ \w+)\?", text)
-    return "above" if named(found[1]).y < named(found[2]).y else "below"
+    if match := re.fullmatch(r"is there (an?) (\w+) (\w+)\?", text):
+        assert (match[1] == "an") == (match[2] == "orange")
+        return "yes" if any(t.color == match[2] and t.shape == match[3] for t in things) else "no"
+    if match := re.fullmatch(r"what (color|shape) is the object at (.+)\?", text):
+        return getattr(only([t for t in things if is_at(t, match[2])]), match[1])
+    if match := re.fullmatch(r"what color is the (\w+)\?", text):
+        return only([t.color for t in things if t.shape == match[1]])
+    if match := re.fullmatch(r"what shape is the (\w+) object\?", text):
+        return only([t.shape for t in things if t.color == match[1]])
+    if match := re.fullmatch(r"what size is the (\w+ \w+)\?", text):
+        return "small" if named(match[1]).radius < 11.5 else "large"
+    if match := re.fullmatch(r"where is the (\w+ \w+)\?", text):
+        return only([place for place in POSITIONS if is_at(named(match[1]), place)])
+    if match := re.fullmatch(r"is the (\w+ \w+) to the left or to the right of the (\w+ \w+)\?", text):
+        return "left" if named(match[1]).x < named(match[2]).x else "right"
+    match = re.fullmatch(r"is the (\w+ \w+) above or below the (\w+ \w+)\?", text)
+    return "above" if named(match[1]).y < named(match[2]).y else "below"
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -149,21 +149,21 @@ def test_every_answer_is_right(split):
                 continue
             assert question.kind == kind and question.answer == solve(scene, question.question)
             answers[kind].append(question.answer)
-    for kind, found in answers.items():  # no type is rare, and none can be answered with one word
-        assert len(found) > COUNT / 2, kind
-        assert max(found.count(a) for a in set(found)) < 0.65 * len(found), kind
+    for kind, said in answers.items():  # no type is rare, and none can be answered with one word
+        assert len(said) > COUNT / 2, kind
+        assert max(said.count(a) for a in set(said)) < 0.65 * len(said), kind
 
 
 def test_question_set():
     assert len(QUESTION_TYPES) >= 6
-    found = list(world.question_set(0, "test", 350))
-    assert len(found) == 350
-    kinds = [question.kind for _, _, question in found]
+    asked = list(world.question_set(0, "test", 350))
+    assert len(asked) == 350
+    kinds = [question.kind for _, _, question in asked]
     assert kinds == list(itertools.islice(itertools.cycle(QUESTION_TYPES), 350))
-    for index, scene, question in found:
+    for index, scene, question in asked:
         assert scene == world.make_scene(0, "test", index)
         assert question.answer == solve(scene, question.question)
-    answers = [question.answer for _, _, question in found if question.kind == "existence"]
+    answers = [question.answer for _, _, question in asked if question.kind == "existence"]
     assert 0.25 < answers.count("yes") / len(answers) < 0.75
 
 
@@ -181,14 +181,14 @@ def claims(text):
     if text.startswith("the "):
         clauses = [clause for part in text.split(" and ") for clause in part.split(", ")]
         return [
-            dict(zip(fields, found.groups()))
+            dict(zip(fields, match.groups()))
             for clause in clauses
-            for found, fields in ((re.fullmatch(form, clause), fields) for form, fields in STATED)
-            if found
+            for match, fields in ((re.fullmatch(form, clause), fields) for form, fields in STATED)
+            if match
         ]
     if text.startswith("at "):
-        found = re.findall(r"at (\w+ \w+) " + NOUN, text)
-        return [dict(zip(("position", "size", "color", "shape"), values)) for values in found]
+        stated = re.findall(r"at (\w+ \w+) " + NOUN, text)
+        return [dict(zip(("position", "size", "color", "shape"), values)) for values in stated]
     return [dict(zip(("size", "color", "shape"), values)) for values in re.findall(NOUN, text)]
 
 
@@ -259,8 +259,8 @@ def test_pictures_show_the_objects(split):
         assert picture.shape == (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
         for t in scene.things:
             x = t.x + (0.74 * t.radius if t.shape == "ring" else 0)
-            found = picture[int(t.y), int(x)]
-            distances = {name: np.abs(found - color).max() for name, color in COLORS.items()}
+            shade = picture[int(t.y), int(x)]
+            distances = {name: np.abs(shade - color).max() for name, color in COLORS.items()}
             assert min(distances, key=distances.get) == t.color and distances[t.color] < 40
             corner = picture[int(t.y - t.radius * 0.98), int(t.x - t.radius * 0.98)]
             if t.shape in ("circle", "ring", "cross", "star", "triangle"):

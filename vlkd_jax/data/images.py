@@ -1,4 +1,4 @@
-"""Pixels for CLIP: decode, resize the short side (bicubic), centre crop, normalise. One path for training and use."""
+"""Pixels for CLIP: decode, resize the short side (bicubic), centre crop. One path for training and use."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from PIL import Image, ImageOps
 
 from vlkd_jax.errors import RecordError
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-_SCALE, _SHIFT = (1 / 255 / STD).astype(np.float32), (MEAN / STD).astype(np.float32)
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused before they are decoded."""
 MAX_ASPECT = 20
@@ -91,8 +88,3 @@ def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def normalize_pixels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] to float32 with CLIP's mean and standard deviation."""
-    return pixels * _SCALE - _SHIFT

@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from vlkd_jax.data.images import normalize_pixels, open_image, resize_and_crop
+from vlkd_jax.data.images import open_image, resize_and_crop
 from vlkd_jax.data.sources import Record
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
@@ -59,7 +59,7 @@ class Encoder:
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         row: dict[str, Any] = {}
         if self.image_size:
-            row["pixels"] = normalize_pixels(resize_and_crop(self._open(record), self.image_size))
+            row["pixels"] = resize_and_crop(self._open(record), self.image_size)
         if self.clip_text:
             ids = self._fit(self.clip_text.encode(record.text), self.clip_length, record, "CLIP's")
             self._put(row, "clip", ids, self.clip_length, self.clip_text.pad)

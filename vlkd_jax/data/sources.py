@@ -38,6 +38,17 @@ class Record:
     name: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class TextQuestion:
+    """A question that its `context` answers, without a picture; `kind` of question, `scene`: which one it is about."""
+
+    context: str
+    question: str
+    answer: str
+    kind: str
+    scene: int
+
+
 class TextLines:
     """A file with one text a line (blank lines are passed over), for text-only replay.
 

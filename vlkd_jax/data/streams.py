@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,66 +12,95 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches, counted
-from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, raise_if_too_many
-from vlkd_jax.distill import Objective
+from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, TextQuestion, raise_if_too_many
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.shapes.sources import WORLD_SIZE, ShapesPairs, ShapesTexts
+from vlkd_jax.shapes import sources as shapes
+from vlkd_jax.tasks.task import Task
 from vlkd_jax.types import Batch
 
 LENGTHS_OF = 20_000
 """Records of a source whose lengths are looked at when training starts."""
 
 
-def make_source(config: ConfigDict, split: str):
+@dataclasses.dataclass(frozen=True)
+class SourceKind:
+    """One kind of source: how `config.data.source` or `config.data.replay` is read when it names it.
+
+    Attributes:
+      make: (config, split) -> its records for "train" or "validation".
+      texts: the same for the text-only records that go with it.
+      has_images: whether its records have pictures.
+      drawn: its records are drawn in random order by a program: there is no file to shuffle or to look at.
+      text_questions: how many -> that many text-only questions about it, for retention; None: it has none.
+    """
+
+    make: Callable[[ConfigDict, str], Any]
+    texts: Callable[[ConfigDict, str], Any]
+    has_images: bool = True
+    drawn: bool = False
+    text_questions: Callable[[int], list[TextQuestion]] | None = None
+
+
+def _folder(config: ConfigDict, split: str) -> Subset:
+    data = config.data
+    for field in ("captions", "images"):
+        if not data[field]:
+            raise UserError(f"config.data.{field} is empty; set it for your folder (see --config=folder)")
+    pairs = FolderPairs(data.captions, data.images, data.max_unusable)
+    return Subset(pairs, split == "validation", data.validation_every)
+
+
+SOURCES = {
+    "shapes": SourceKind(shapes.pairs, shapes.texts, drawn=True, text_questions=shapes.text_questions),
+    "shapes_texts": SourceKind(
+        shapes.texts, shapes.texts, has_images=False, drawn=True, text_questions=shapes.text_questions
+    ),
+    "folder": SourceKind(_folder, lambda config, split: CaptionTexts(_folder(config, split))),
+}
+"""What `config.data.source` can be; also what `config.data.replay` can be beside a file."""
+
+
+def source_kind(config: ConfigDict) -> SourceKind:
+    """The kind of `config.data.source`. Raises UserError for an unknown one."""
+    if config.data.source not in SOURCES:
+        raise UserError(f"config.data.source is {config.data.source!r}; it is one of {', '.join(SOURCES)}")
+    return SOURCES[config.data.source]
+
+
+def make_source(config: ConfigDict, split: str) -> Any:
     """The records of `config.data` for "train" or "validation".
 
     Raises:
       UserError: an unknown source, or a folder that cannot be used.
     """
-    data = config.data
-    if data.source == "shapes":
-        held_out = split == "validation"
-        twins, complete = (1, 1.0) if held_out else (data.twins, data.complete)
-        return ShapesPairs(_world_seed(config, split), split, twins, complete)
-    if data.source == "shapes_texts":
-        return ShapesTexts(_world_seed(config, split), split)
-    if data.source == "folder":
-        for field in ("captions", "images"):
-            if not data[field]:
-                raise UserError(f"config.data.{field} is empty; set it for your folder (see --config=folder)")
-        pairs = FolderPairs(data.captions, data.images, data.max_unusable)
-        return Subset(pairs, split == "validation", data.validation_every)
-    raise UserError(f"config.data.source is {data.source!r}; it is one of shapes, shapes_texts, folder")
+    return source_kind(config).make(config, split)
 
 
-def _world_seed(config: ConfigDict, split: str) -> int:
-    """Every seed trains on scenes of its own; the held-out ones are the same for all, so that figures compare."""
-    return config.seed if split == "train" else 0
-
-
-def make_text_source(config: ConfigDict, split: str):
-    """Texts without pictures: `config.data.replay`, or this run's own captions."""
+def make_text_source(config: ConfigDict, split: str) -> Any:
+    """Texts without pictures: `config.data.replay`, or those that go with the run's own source."""
     replay = config.data.replay
-    if replay == "shapes_texts" or (not replay and config.data.source in ("shapes", "shapes_texts")):
-        return ShapesTexts(_world_seed(config, split), split)
     if replay in ("", "captions"):
-        return CaptionTexts(make_source(config, split))
+        return source_kind(config).texts(config, split)
+    if replay in SOURCES:
+        return SOURCES[replay].texts(config, split)
     return Subset(TextLines(replay), split == "validation", config.data.validation_every)
 
 
-def train_sources(config: ConfigDict) -> tuple[Any, Any]:
+def train_sources(config: ConfigDict, task: Task) -> tuple[Any, Any]:
     """The records that training reads: pairs (or texts), and the texts mixed in beside them, None where there are none.
 
     Raises:
-      UserError: as `make_source`.
+      UserError: as `make_source`; a task for pictures and a source without.
     """
-    mixes_texts = config.objective == "vlkd" and config.loss.text
-    return make_source(config, "train"), make_text_source(config, "train") if mixes_texts else None
+    if task.needs_images and not source_kind(config).has_images:
+        sources = " or ".join(name for name, kind in SOURCES.items() if kind.has_images)
+        raise UserError(f"config.data.source is {config.data.source!r}, which has no pictures; set it to {sources}")
+    return make_source(config, "train"), make_text_source(config, "train") if task.mixes_replay else None
 
 
 def train_stream(
     config: ConfigDict,
-    objective: Objective,
+    task: Task,
     start: int,
     unusable: UnusableRecords | None = None,
     sources: tuple[Any, Any] | None = None,
@@ -81,28 +110,28 @@ def train_stream(
     `unusable` counts the records that are passed over; default: a count of its own. `sources` are those of
     `train_sources` where they have been read already.
     """
-    pairs, replay = train_sources(config) if sources is None else sources
+    pairs, replay = train_sources(config, task) if sources is None else sources
     unusable = UnusableRecords(config.data.max_unusable) if unusable is None else unusable
     options = {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "start": start,
         # the built-in world's order is random already, and its twins stay together
-        "shuffle": config.data.source == "folder",
+        "shuffle": not source_kind(config).drawn,
         "process": (jax.process_index(), jax.process_count()),
         "threads": config.data.threads,
         "unusable": unusable,
     }
-    stream = batches(pairs, objective.encoder, **options)
+    stream = batches(pairs, task.encoder, **options)
     if replay is None:
         return stream
     # of one seed with the pairs, the captions of a folder would come in the pairs' order with the pairs' corruption
     options |= {"seed": derived_seed(config.seed, "replay"), "shuffle": True}
-    texts = batches(replay, objective.replay_encoder, **options)
+    texts = batches(replay, task.replay_encoder, **options)
     return (pair.replace(replay=text.replace(index=None)) for pair, text in zip(stream, texts, strict=True))
 
 
-def text_lengths(config: ConfigDict, objective: Objective, sources: tuple[Any, Any]) -> list[str]:
+def text_lengths(config: ConfigDict, task: Task, sources: tuple[Any, Any]) -> list[str]:
     """A line for each of the user's own `train_sources`: how many records, how long their texts are in tokens.
 
     Looks at `LENGTHS_OF` records, evenly spread, at most. The built-in world's are left out: they fit.
@@ -110,11 +139,11 @@ def text_lengths(config: ConfigDict, objective: Objective, sources: tuple[Any, A
     Raises:
       UserError: more records than `config.data.max_unusable` allows cannot be used, texts that are too long among them.
     """
-    names, encoders = ("pairs", "replayed texts"), (objective.encoder, objective.replay_encoder)
+    names, encoders = ("pairs", "replayed texts"), (task.encoder, task.replay_encoder)
     return [
         _told_lengths(config, name, source, encode)
         for name, source, encode in zip(names, sources, encoders, strict=True)
-        if source is not None and len(source) < WORLD_SIZE
+        if source is not None and len(source) < shapes.WORLD_SIZE
     ]
 
 
@@ -147,10 +176,10 @@ def derived_seed(seed: int, purpose: str) -> int:
     return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
 
 
-def held_out(config: ConfigDict, objective: Objective, texts: bool = False) -> list[Batch]:
+def held_out(config: ConfigDict, task: Task, texts: bool = False) -> list[Batch]:
     """The first `config.eval.batches` batches of the held-out pairs (or texts): the same ones at every evaluation."""
     source = (make_text_source if texts else make_source)(config, "validation")
-    encode = objective.replay_encoder if texts else objective.encoder
+    encode = task.replay_encoder if texts else task.encoder
     size = min(config.batch_size, len(source))
     unusable = UnusableRecords(config.data.max_unusable)
     stream = batches(source, encode, batch_size=size, seed=0, shuffle=False, threads=1, unusable=unusable)

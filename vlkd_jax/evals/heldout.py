@@ -12,13 +12,13 @@ import jax
 from ml_collections import ConfigDict
 
 from vlkd_jax import sharding
-from vlkd_jax.data.streams import held_out
-from vlkd_jax.distill import Objective
+from vlkd_jax.data.streams import held_out, source_kind
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals.retention import answer_texts, mean_terms, text_questions, without_dropout
+from vlkd_jax.evals.retention import answer_texts, mean_terms, without_dropout
 from vlkd_jax.evals.vqa import exact_match
-from vlkd_jax.predict import Predictor
+from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Batch, Params
+from vlkd_jax.vlkd import VLKD
 
 
 class HeldOut:
@@ -29,35 +29,33 @@ class HeldOut:
     `retention/text_qa`, the share of text-only questions answered right.
 
     Args:
-      frozen: `objective.frozen` on the devices.
+      frozen: what the task holds fixed, on the devices.
       mesh: the devices over which a batch is spread.
     """
 
-    def __init__(self, config: ConfigDict, objective: Objective, frozen: dict[str, Params], mesh: jax.sharding.Mesh):
-        self.frozen, self.mesh = frozen, mesh
-        self.pairs = held_out(config, objective)
-        self.terms = without_dropout(objective.terms)
-        self.predictor = None
-        if "bart" not in objective.configs:
+    def __init__(self, config: ConfigDict, task: Task, frozen: Frozen, mesh: jax.sharding.Mesh):
+        self.task, self.frozen, self.mesh = task, frozen, mesh
+        self.pairs = held_out(config, task)
+        self.terms = without_dropout(task.terms)
+        if task.denoise_terms is None:
             return
-        self.predictor = Predictor(objective, batch_size=min(config.batch_size, 64))
-        self.text_terms = without_dropout(objective.text_terms)
-        self.texts = held_out(config, objective, texts=True)
-        on_shapes = config.data.source in ("shapes", "shapes_texts")
-        self.questions = text_questions(0, "validation", config.eval.questions if on_shapes else 0)
+        self.denoise_terms = without_dropout(task.denoise_terms)
+        self.texts = held_out(config, task, texts=True)
+        ask = source_kind(config).text_questions
+        self.questions = ask(config.eval.questions) if ask else []
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Every figure for these parameters."""
         pairs = mean_terms(self.terms, params, self.frozen, self._spread(self.pairs))
         figures = {f"held_out/{name}": value for name, value in pairs.items()}
-        if self.predictor is None:
+        if self.task.denoise_terms is None:
             return figures
-        texts = mean_terms(self.text_terms, params, self.frozen, self._spread(self.texts))
-        figures["retention/denoise_loss"] = texts["text"]
+        texts = mean_terms(self.denoise_terms, params, self.frozen, self._spread(self.texts))
+        figures["retention/denoise_loss"] = texts["denoise"]
         figures["retention/token_accuracy"] = texts["token_accuracy"]
         if self.questions:
-            answers = answer_texts(self.predictor, params, self.questions)
-            right = [exact_match(a, question.answer) for a, (_, question) in zip(answers, self.questions, strict=True)]
+            answers = answer_texts(VLKD.of(self.task, params, self.frozen), self.questions)
+            right = [exact_match(a, question.answer) for a, question in zip(answers, self.questions, strict=True)]
             figures["retention/text_qa"] = sum(right) / len(right)
         return figures
 

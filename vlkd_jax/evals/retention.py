@@ -6,13 +6,14 @@ No image is involved. The same functions run during training, before and after d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from vlkd_jax.predict import Predictor
-from vlkd_jax.shapes import world
+from vlkd_jax.data.sources import TextQuestion
+from vlkd_jax.predict import Request, generate
 from vlkd_jax.types import Batch, Params
+from vlkd_jax.vlkd import VLKD
 
 PROMPT = "question: {question} answer:"
 """Forced on the decoder; the encoder reads it followed by `<mask>`."""
@@ -38,18 +39,10 @@ def _deterministic(terms: Callable, params: Params, frozen, batch: Batch):
     return terms(params, frozen, batch, None)
 
 
-def text_questions(seed: int, split: str, count: int) -> list[tuple[str, world.Question]]:
-    """(full description, question) pairs of the built-in world, the types in turn; nothing is drawn."""
-    return [
-        (world.caption(scene, world.generator(seed, split, index, 5), complete=1.0), question)
-        for index, scene, question in world.question_set(seed, split, count)
-    ]
-
-
-def answer_texts(predictor: Predictor, params: Params, questions, max_new_tokens: int = 10) -> list[str]:
+def answer_texts(model: VLKD, questions: Sequence[TextQuestion], max_new_tokens: int = 10) -> list[str]:
     """The answers of the text-only student: a description stands in the decoder's memory where an image would."""
-    text = predictor.text
-    prompts = [text.encode(PROMPT.format(question=question.question)) for _, question in questions]
-    sources = [[*prompt, text.mask] for prompt in prompts]
-    contexts = [text.encode(description) for description, _ in questions]
-    return predictor.generate(params, sources, prompts, max_new_tokens, contexts=contexts)
+    text, requests = model.bart_text, []
+    for question in questions:
+        prompt = text.encode(PROMPT.format(question=question.question))
+        requests.append(Request([*prompt, text.mask], prompt, context=text.encode(question.context)))
+    return list(generate(model, requests, max_new_tokens))

@@ -30,14 +30,36 @@ BART_EMBEDDING = "model.shared.weight"
 CLIP_POSITION_IDS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
+def read_clip_config(directory: str | pathlib.Path) -> ClipConfig:
+    """The configuration of a `CLIPModel` directory; no weights are read. Raises UserError when it cannot be used."""
+    path = _directory(directory) / CONFIG
+    return ClipConfig.from_hf(_read_json(path), str(path))
+
+
+def read_bart_config(directory: str | pathlib.Path) -> BartConfig:
+    """The configuration of a BART directory; no weights are read.
+
+    `forced_*` ids and `decoder_start_token_id` of generation_config.json win over config.json. Raises UserError when a
+    file cannot be used.
+    """
+    directory = _directory(directory)
+    values = _read_json(directory / CONFIG)
+    config = BartConfig.from_hf(values, str(directory / CONFIG))
+    if (directory / GENERATION).is_file():
+        generation = _read_json(directory / GENERATION)
+        pins = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
+        chosen = {name: generation[name] for name in pins if generation.get(name) is not None}
+        config = BartConfig.from_hf({**values, **chosen}, str(directory / GENERATION))
+    return config
+
+
 def load_clip(directory: str | pathlib.Path) -> tuple[ClipConfig, dict]:
     """Config and parameters (nested dict of float32 numpy arrays) of a `CLIPModel` directory.
 
     Raises UserError when the directory, its config.json or its weights cannot be used; unused, missing and mis-shaped
     tensors are all named in one message.
     """
-    directory = _directory(directory)
-    config = ClipConfig.from_hf(_read_json(directory / CONFIG), str(directory / CONFIG))
+    directory, config = _directory(directory), read_clip_config(directory)
     tensors = _Tensors(directory)
     complaints = []
     for name in CLIP_POSITION_IDS:
@@ -50,17 +72,9 @@ def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
     """Config and parameters (nested dict of float32 numpy arrays) of a BART directory.
 
     Both `BartForConditionalGeneration` and the base `BartModel` (names without "model.") are read; an absent
-    `final_logits_bias` is zero, as in Hugging Face. `forced_*` ids and `decoder_start_token_id` of
-    generation_config.json win over config.json. Raises UserError as `load_clip` does.
+    `final_logits_bias` is zero, as in Hugging Face. Raises UserError as `load_clip` does.
     """
-    directory = _directory(directory)
-    values = _read_json(directory / CONFIG)
-    config = BartConfig.from_hf(values, str(directory / CONFIG))
-    if (directory / GENERATION).is_file():
-        generation = _read_json(directory / GENERATION)
-        pins = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
-        chosen = {name: generation[name] for name in pins if generation.get(name) is not None}
-        config = BartConfig.from_hf({**values, **chosen}, str(directory / GENERATION))
+    directory, config = _directory(directory), read_bart_config(directory)
     tensors = _Tensors(directory, _with_model_prefix)
     for name in BART_VERSIONS:
         tensors.discard(name)

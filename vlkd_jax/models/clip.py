@@ -6,15 +6,35 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
 from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, l2_normalize, layer_norm
-from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
+from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int, UInt8
 
 # Checkpoints saved before transformers 4.31 carry this wrong end token; there the sentence is pooled at the largest id.
 LEGACY_EOS_TOKEN_ID = 2
+
+
+# Radford et al. 2021's pixel statistics (their preprocessing in openai/CLIP `clip/clip.py`).
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+_SCALE, _SHIFT = (1 / 255 / STD).astype(np.float32), (MEAN / STD).astype(np.float32)
+
+
+def normalize_pixels(pixels: UInt8[ArrayLike, "*B height width 3"]) -> Float32[Array, "*B height width 3"]:
+    """With CLIP's mean and standard deviation."""
+    return pixels * jnp.asarray(_SCALE) - jnp.asarray(_SHIFT)
+
+
+def example_inputs(
+    config: ClipConfig,
+) -> tuple[Float[Array, "1 height width 3"], Int[Array, "1 T"], Bool[Array, "1 T"]]:
+    """Inputs of the right shapes for `Clip(config).init`."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3)), ids, ids == 0
 
 
 class ClipImageOutput(NamedTuple):

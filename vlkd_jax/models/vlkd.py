@@ -12,6 +12,9 @@ from vlkd_jax.models.configs import BartConfig
 from vlkd_jax.models.layers import Dense, l2_normalize
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
 
+NEW = ("sentence_projection", "image_projection", "logit_scale")
+"""The student's parameters that BART does not have; they start from nothing and take a larger learning rate."""
+
 
 class Whitening(nn.Module):
     """A fixed affine map, float32; `vlkd_jax.whitening` gives its values, until then it is the identity."""
@@ -32,12 +35,14 @@ class Student(nn.Module):
     Attributes:
       config: BART's.
       joint_width: E of the CLIP it learns from.
+      token_width: of the image tokens it reads, E or CLIP's width.
       sentence_position: "eos" or "bos", the encoder state that stands for the sentence.
       whiten: whether `image_whitening`, which no gradient reaches, stands before `image_projection`.
     """
 
     config: BartConfig
     joint_width: int
+    token_width: int
     sentence_position: str = "eos"
     whiten: bool = False
     dtype: DTypeLike = jnp.float32
@@ -50,6 +55,13 @@ class Student(nn.Module):
         self.image_projection = Dense(self.config.d_model, use_bias=False, dtype=self.dtype, kernel_init=init)
         self.image_whitening = Whitening() if self.whiten else None
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), ())
+
+    def example_inputs(
+        self,
+    ) -> tuple[Float[Array, "1 1 W"], Int[Array, "1 T"], Bool[Array, "1 T"], Int[Array, "1 T"]]:
+        """Inputs of the right shapes for `init`."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return jnp.zeros((1, 1, self.token_width)), ids, ids == 0, ids
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """The whole job on the built-in world, on one CPU: `python -m vlkd_jax.shapes.demo --workdir=DIR --seed=N`.
 
-Takes the two models that come with the package, evaluates the student as it starts, distils, evaluates again, and
+Takes the two models that come with the package, distils, evaluates the student as it started and as it is now, and
 writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
 """
 
@@ -17,14 +17,11 @@ from absl import flags
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
-from vlkd_jax.distill import make_objective
-from vlkd_jax.evaluate import circumstances, write_predictions
+from vlkd_jax.evaluate import circumstances, evaluate, read_rows
 from vlkd_jax.metrics import say
-from vlkd_jax.predict import Predictor
 from vlkd_jax.shapes.report import write_report
-from vlkd_jax.shapes.suite import ShapesSuite
-from vlkd_jax.sharding import make_mesh
-from vlkd_jax.train import train, whitened
+from vlkd_jax.train import train
+from vlkd_jax.vlkd import VLKD
 from vlkd_jax.workdir import output_directory, write_atomic
 
 SUITES = ("shapes", "shapes_seen")
@@ -55,24 +52,19 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     config.seed = seed
     for name in SUITES:
         chosen[name].seed = seed
-    asked = sum(chosen[name].questions for name in SUITES)
-    stages.begin("before", f"1/4 the student before distillation, {asked:,} held-out questions, seed {seed}")
-    objective = whitened(config, make_objective(config), make_mesh(config.mesh.data))
-    predictor = Predictor(objective, config.student.image_tokens, batch_size=128)
-    runners = {name: ShapesSuite(chosen[name], predictor) for name in SUITES}
-    before = {name: runner.run(objective.params)[0] for name, runner in runners.items()}
-    stages.begin("distillation", f"2/4 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
+    chosen.batch_size = 128
+    stages.begin("distillation", f"1/3 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
     state = train(config, workdir / "train")
-    stages.begin("after", "3/4 the student after distillation, with and without the image")
-    summaries, rows = {}, {}
-    for name, runner in runners.items():
-        after, rows[name] = runner.run(state.params, blind=True)
-        summaries[name] = _summary(before[name], after, runner.majority())
-        write_predictions(workdir / name, rows[name])
-    stages.begin("report", "4/4 report")
+    asked = sum(chosen[name].questions for name in SUITES)
+    stages.begin("evaluation", f"2/3 the student before and after, {asked:,} held-out questions, seed {seed}")
+    model, start = (VLKD.from_run(workdir / "train", at_start=at_start) for at_start in (False, True))
+    metrics = evaluate(chosen, model, workdir, start)
+    summaries = {name: _summary(metrics[name]["before"], metrics[name]) for name in SUITES}
+    stages.begin("report", "3/3 report")
     result = summaries["shapes"] | {"seen_kinds": summaries["shapes_seen"], "steps": int(state.step)}
     result |= circumstances(seed)
-    write_report(workdir / "report", result, rows["shapes"], workdir / "train" / "metrics.jsonl", chosen.shapes)
+    rows, curves = read_rows(workdir / "shapes"), workdir / "train" / "metrics.jsonl"
+    write_report(workdir / "report", result, rows, curves, chosen.shapes)
     stages.begin("", "")
     result |= {
         "stage_seconds": stages.seconds,
@@ -83,7 +75,7 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     return result
 
 
-def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str, Any]:
+def _summary(before: dict, after: dict) -> dict[str, Any]:
     """The figures of demo.json, fractions between 0 and 1, with their 95% intervals."""
 
     def change(of: Callable[[dict], dict], name: str) -> dict[str, Any]:
@@ -97,7 +89,7 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
             "after": figures["accuracy"],
             "after_interval": figures["interval"],
             "blind": after["vqa_blind"]["by_type"][kind]["accuracy"],
-            "majority": majority[kind],
+            "majority": after["vqa_majority"][kind],
             "n": figures["n"],
         }
         for kind, figures in after["vqa"]["by_type"].items()
@@ -107,7 +99,7 @@ def _summary(before: dict, after: dict, majority: dict[str, float]) -> dict[str,
         "vqa": {
             **change(lambda metrics: metrics["vqa"], "overall"),
             "blind": after["vqa_blind"]["overall"],
-            "majority": majority["overall"],
+            "majority": after["vqa_majority"]["overall"],
             "by_type": by_type,
         },
         "caption": {name: change(lambda metrics: metrics["caption"], name) for name in ("attribute_f1", "exact_match")}

@@ -21,7 +21,6 @@ from absl import flags
 from vlkd_jax.commands import Command, Option
 from vlkd_jax.config import model_directory
 from vlkd_jax.entry import run
-from vlkd_jax.evaluate import load_run
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
@@ -30,6 +29,7 @@ from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, Clip
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesTexts
 from vlkd_jax.types import Params
+from vlkd_jax.vlkd import load_run, run_config
 from vlkd_jax.workdir import output_directory
 
 CLIP_POSITIONS = 32
@@ -169,8 +169,8 @@ def sinusoids(positions: np.ndarray, width: int, longest: float = 100.0) -> np.n
 def export_models(output: Path, runs: Path) -> None:
     """Writes the models trained in `runs/clip` and `runs/bart`, with their tokenizers, to `output`."""
     for name, save in (("clip", save_clip), ("bart", save_bart)):
-        config, objective, params, _ = load_run(runs / name)
-        save(output / name, objective.configs[name], jax.device_get(params))
+        config, (task, params, _) = run_config(runs / name), load_run(runs / name)
+        save(output / name, task.configs[name], jax.device_get(params))
         copy_tokenizer(model_directory(config[name]), output / name)
 
 

@@ -44,7 +44,7 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
     Args:
       result: what `vlkd_jax.shapes.demo` puts in demo.json, fractions between 0 and 1. A `before_interval` beside a
         `before` is shown where there is one; the intervals of the blind answers are computed from `rows`.
-      rows: predictions of `ShapesSuite.run(blind=True)`.
+      rows: predictions of the suite with `baselines` set.
       metrics: metrics.jsonl of the training run; a missing file or a missing kind leaves its curves out.
       suite: `config.shapes` of configs/suites.py; pictures are drawn again from its seed and split.
     """
@@ -293,8 +293,10 @@ def _caption_examples(rows: Rows, suite: ConfigDict) -> str:
         verdict = "right in every detail" if right else f"wrong: attribute F1 {_percent(row['score'])}"
         return _card(suite, row, right, verdict, lead, lines)
 
-    made = [row for row in rows if row["task"] == "caption"]
-    right, wrong = (_first(made, lambda row, r=r: (row["score"] == 1) == r, CAPTION_EXAMPLES) for r in (True, False))
+    captions = [row for row in rows if row["task"] == "caption"]
+    right, wrong = (
+        _first(captions, lambda row, r=r: (row["score"] == 1) == r, CAPTION_EXAMPLES) for r in (True, False)
+    )
     return _pair(card, right, wrong, "No caption was")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vlkd_jax.data.sources import Record
+from ml_collections import ConfigDict
+
+from vlkd_jax.data.sources import Record, TextQuestion
 from vlkd_jax.shapes import world
 
 WORLD_SIZE = 1 << 31
@@ -52,3 +54,33 @@ class ShapesTexts:
             question = world.ask(scene, world.QUESTION_TYPES[int(rng.integers(len(world.QUESTION_TYPES)))], rng)
         prompt = f"question: {question.question} answer:"
         return Record(f"{prompt} {question.answer}", context=context, prompt=prompt, name=name)
+
+
+def pairs(config: ConfigDict, split: str) -> ShapesPairs:
+    """`ShapesPairs` for a run; only what it trains on has hard negatives."""
+    twins, complete = (1, 1.0) if split == "validation" else (config.data.twins, config.data.complete)
+    return ShapesPairs(_world_seed(config, split), split, twins, complete)
+
+
+def texts(config: ConfigDict, split: str) -> ShapesTexts:
+    """`ShapesTexts` for a run."""
+    return ShapesTexts(_world_seed(config, split), split)
+
+
+def _world_seed(config: ConfigDict, split: str) -> int:
+    """Every seed trains on scenes of its own; the held-out ones are the same for all, so that figures compare."""
+    return config.seed if split == "train" else 0
+
+
+def text_questions(count: int, seed: int = 0, split: str = "validation") -> list[TextQuestion]:
+    """Questions beside a full description of their scene, the types in turn."""
+    return [
+        TextQuestion(
+            world.caption(scene, world.generator(seed, split, index, 5), complete=1.0),
+            question.question,
+            question.answer,
+            question.kind,
+            index,
+        )
+        for index, scene, question in world.question_set(seed, split, count)
+    ]

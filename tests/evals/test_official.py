@@ -1,18 +1,21 @@
 """The suites for a user's pictures: questions meet their own picture and answers, captions their own references."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import suites
+from vlkd_jax import predict
 from vlkd_jax.data.text import BartText
-from vlkd_jax.evals import pairs_suite, statistics
+from vlkd_jax.evals import official, statistics
+from vlkd_jax.evals.suite import predict_rows
 
 SIDE = 8
 SHADES = {7: 20, 3: 60, 11: 100, 5: 140, 2: 180, 9: 220}
-"""Image id -> the grey of its picture, by which the predictor below knows it."""
+"""Image id -> the grey of its picture, by which the model below knows it."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,29 +31,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-class Oracle:
-    """A predictor that says `speak(image id, prompt)`: the picture is known by its shade alone.
+def run(monkeypatch, assets, kind, suite, speak):
+    """(metrics, rows) of a model that says `speak(image id, prompt)`: the picture is known by its shade alone."""
+    text, by_shade = BartText(assets / "bart"), {shade: image for image, shade in SHADES.items()}
 
-    Its batches keep what was given: `image_of` picks tokens, the default is row k about image k.
-    """
+    def generate(model, requests, max_new_tokens, batch_size):
+        for request in requests:
+            prompt = text.decode(request.prefix)
+            assert text.decode(request.source) == prompt  # but for the mask, which is not read out
+            assert request.source.count(text.mask) == 1
+            yield speak(by_shade[round(np.asarray(request.image).mean())], prompt)
 
-    image_size = SIDE
-
-    def __init__(self, assets, speak):
-        self.text, self.speak = BartText(assets / "bart"), speak
-
-    def encode_images(self, pixels):
-        shades = np.array([picture.mean() for picture in pixels])
-        return shades[:, None, None], shades[:, None]
-
-    def generate(self, params, sources, prefixes, max_new_tokens, image_tokens=None, image_of=None, contexts=None):
-        image_of = range(len(sources)) if image_of is None else image_of
-        order = dict(zip(np.sort(np.unique(image_tokens)), sorted(SHADES, key=SHADES.get)))
-        prompts = [self.text.decode(ids) for ids in prefixes]
-        assert [self.text.decode(ids) for ids in sources] == prompts  # but for the mask, which is not read out
-        assert all(ids.count(self.text.mask) == 1 for ids in sources)
-        pairs = zip(image_tokens[list(image_of), 0, 0], prompts, strict=True)
-        return [self.speak(order[shade], prompt) for shade, prompt in pairs]
+    monkeypatch.setattr(predict, "generate", generate)
+    rows = list(predict_rows(kind, suite, types.SimpleNamespace(bart_text=text), 4))
+    return kind.score(rows), rows
 
 
 def questions(rng):
@@ -61,7 +55,7 @@ def questions(rng):
     return [rows[k] for k in rng.permutation(len(rows))]
 
 
-def test_questions_meet_their_picture_and_their_answers(folder, assets, rng):
+def test_questions_meet_their_picture_and_their_answers(folder, assets, rng, monkeypatch):
     """Questions, annotations and file names are each in an order of their own."""
     rows = questions(rng)
     asked = [{"question_id": number, "image_id": image, "question": text} for number, image, text, _ in rows]
@@ -78,16 +72,16 @@ def test_questions_meet_their_picture_and_their_answers(folder, assets, rng):
     def speak(image, prompt):
         return f"{image} {prompt.removeprefix('question: is it ').removesuffix('? answer:')}"
 
-    metrics, found = pairs_suite.vqa(suite, Oracle(assets, speak), None)
+    metrics, answered_rows = run(monkeypatch, assets, official.VQA, suite, speak)
     assert metrics["overall"] == 1 and metrics["n"] == len(rows)
     expected = [(number, f"v_{image:04d}.png", f"question: {text} answer:", said) for number, image, text, said in rows]
-    assert [(row["id"], row["image"], row["prompt"], row["raw"]) for row in found] == expected
-    assert all(row["answers"] == [row["raw"]] * 10 and row["score"] == 1 for row in found)
-    wrong, _ = pairs_suite.vqa(suite, Oracle(assets, lambda image, prompt: speak(3, prompt)), None)
+    assert sorted((row["id"], row["image"], row["prompt"], row["raw"]) for row in answered_rows) == sorted(expected)
+    assert all(row["answers"] == [row["raw"]] * 10 and row["score"] == 1 for row in answered_rows)
+    wrong, _ = run(monkeypatch, assets, official.VQA, suite, lambda image, prompt: speak(3, prompt))
     assert wrong["overall"] == pytest.approx(1 / len(SHADES))
 
 
-def test_captions_meet_their_references(folder, assets, rng):
+def test_captions_meet_their_references(folder, assets, rng, monkeypatch):
     """The captions of a picture lie apart in the file, among those of others; one reference is right."""
     words = dict(zip(SHADES, ("red", "green", "blue", "cyan", "pink", "white")))
     pairs = [(image, f"{word} number {k}") for image, word in words.items() for k in range(3)]
@@ -96,7 +90,7 @@ def test_captions_meet_their_references(folder, assets, rng):
     (folder / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
     suite = suites.get_config("coco_caption").coco_caption
     suite.update({"captions": str(folder / "c.jsonl"), "images": str(folder)})
-    metrics, rows = pairs_suite.captions(suite, Oracle(assets, lambda image, _: f"{words[image]} number 2"), None)
+    metrics, rows = run(monkeypatch, assets, official.CAPTION, suite, lambda image, _: f"{words[image]} number 2")
     assert metrics["word_f1"] == 1 and metrics["distinct"] == 1 and metrics["n"] == len(SHADES)
     assert [row["image"] for row in rows] == list(dict.fromkeys(line["image"] for line in lines))
     for row in rows:

@@ -1,0 +1,24 @@
+"""What can be trained: `TASKS` by the name that `config.objective` gives."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from vlkd_jax.tasks import contrastive, denoise, distill
+from vlkd_jax.tasks.parents import choose
+from vlkd_jax.tasks.task import Task
+
+TASKS = {
+    "vlkd": distill.make_task,
+    "clip_contrastive": contrastive.make_task,
+    "bart_denoise": denoise.make_task,
+}
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The task that a config names. Configurations and tokenizers of its models are read, their weights are not.
+
+    Raises:
+      UserError: an unknown objective or option, a directory that cannot be read, sizes that do not fit together.
+    """
+    return choose(config, "objective", TASKS)(config)

@@ -1,0 +1,66 @@
+"""BART's own task, text infilling, on texts alone: how the text abilities are learned, kept and measured."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlkd_jax import losses
+from vlkd_jax.config import model_directory
+from vlkd_jax.hf.load import load_bart
+from vlkd_jax.models.bart import Bart, join_memory, shift_right
+from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, text_encoder, with_training_rates
+from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
+from vlkd_jax.types import Array, Batch, Key, Params
+
+
+def make_task(config: ConfigDict) -> Task:
+    """BART, trained to restore `config.data`'s texts. Raises UserError: see `vlkd_jax.tasks.make_task`."""
+    bart_config, text = read_bart(config)
+    bart = Bart(with_training_rates(bart_config, config), dtype=choose(config, "dtype", DTYPES), remat=config.remat)
+    positions, data = bart_config.max_position_embeddings, config.data
+    encoder = text_encoder(config, text, positions, context_length=data.context_length)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    terms = functools.partial(bart_terms, bart)
+    return Task(
+        module=bart,
+        configs={"bart": bart_config},
+        encoder=encoder,
+        terms=terms,
+        weights={"denoise": 1.0},
+        read_params=lambda: load_bart(model_directory(config.bart))[1],
+        example=(ids, ids == 0, ids),
+        needs_images=False,
+        denoise_terms=terms,
+        replay_encoder=encoder,
+    )
+
+
+def bart_terms(bart: Bart, params: Params, frozen: Frozen, batch: Batch, rng: Rng) -> Terms:
+    """`denoise_terms` with BART's parameters."""
+    return bart.apply({"params": params}, batch, rng, rngs=dropout_rngs(rng), method=denoise_terms)
+
+
+def dropout_rngs(rng: Rng) -> dict[str, Key[Array, ""]] | None:
+    """The `rngs` of a Flax module's `apply`; None: no dropout."""
+    return None if rng is None else {"dropout": rng}
+
+
+def denoise_terms(bart: Bart, batch: Batch, rng: Rng) -> Terms:
+    """Text-only infilling with a bound BART: the context, where there is one, stands in the memory as an image would.
+
+    Lewis et al. 2020, section 2.2. Terms: `denoise`, the loss, and `token_accuracy`.
+    """
+    deterministic = rng is None
+    memory, mask = bart.encode(batch.source_ids, batch.source_mask, deterministic=deterministic), batch.source_mask
+    if batch.context_ids is not None:
+        context = bart.encode(batch.context_ids, batch.context_mask, deterministic=deterministic)
+        memory, mask = join_memory((context, batch.context_mask), (memory, mask))
+    inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
+    logits = bart.logits(bart.decode(inputs, memory, mask, deterministic=deterministic))
+    return {
+        "denoise": losses.icti(logits, batch.text_ids, batch.target_mask),
+        "token_accuracy": losses.token_accuracy(logits, batch.text_ids, batch.target_mask),
+    }

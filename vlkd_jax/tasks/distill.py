@@ -1,0 +1,202 @@
+"""The distillation: a frozen CLIP teaches a BART to understand images, with three losses on image-caption pairs.
+
+Source: Dai et al. 2022 (arXiv 2203.06386), section 3; README.md lists what is our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlkd_jax import losses
+from vlkd_jax.config import model_directory
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.load import load_bart, load_clip
+from vlkd_jax.hf.names import parameter_shapes
+from vlkd_jax.models.clip import Clip, ClipImageOutput, normalize_pixels
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+from vlkd_jax.models.vlkd import NEW, Student
+from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs
+from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, text_encoder, with_training_rates
+from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
+from vlkd_jax.types import Array, Batch, Float, Float32, Key, Params
+
+HIDDEN = {"hidden": "last_hidden_state", "penultimate": "penultimate"}
+"""`student.image_tokens` that are states of CLIP's vision tower -> their name in `ClipImageOutput`."""
+
+
+class TeacherOutputs(NamedTuple):
+    """Image tokens, E wide or as wide as CLIP's image tower, and the L2-normalised embeddings of image and text."""
+
+    tokens: Float[Array, "B N W"]
+    image: Float32[Array, "B E"]
+    text: Float32[Array, "B E"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What the terms are computed with; all of it is static.
+
+    Attributes:
+      image_tokens: which of the teacher's tokens the student reads: see `select_tokens`.
+      unit: whether TTDM compares L2-normalised vectors.
+      learned_scale: whether ITCL takes the student's own scale instead of the teacher's.
+      pull: whether BART's parameters are pulled to their start.
+    """
+
+    student: Student
+    teacher: Clip
+    image_tokens: str
+    unit: bool
+    learned_scale: bool
+    pull: bool
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The student, trained on image-caption pairs. Raises UserError: see `vlkd_jax.tasks.make_task`."""
+    clip_config, clip_text = read_clip(config)
+    bart_config, bart_text = read_bart(config)
+    distillation = _distillation(config, clip_config, bart_config)
+    if not any(config.loss.values()):
+        raise UserError("every weight in config.loss is 0; give at least one of them a weight")
+    encode = functools.partial(text_encoder, config, bart_text, bart_config.max_position_embeddings)
+    replay_encoder = encode(context_length=config.data.context_length)
+    abstract = {"clip": parameter_shapes(clip_config)}
+    abstract |= {"start": parameter_shapes(bart_config)} if distillation.pull else {}
+    return Task(
+        module=distillation.student,
+        configs={"clip": clip_config, "bart": bart_config},
+        encoder=encode(
+            clip_text=clip_text,
+            clip_length=clip_config.text.max_position_embeddings,
+            image_size=clip_config.vision.image_size,
+        ),
+        terms=functools.partial(distill_terms, distillation),
+        weights={name: weight for name, weight in config.loss.to_dict().items() if weight},
+        read_params=functools.partial(_read_params, config, distillation.student),
+        read_frozen=functools.partial(_read_frozen, config, distillation.pull),
+        abstract_frozen=abstract,
+        example=distillation.student.example_inputs(),
+        teacher=distillation.teacher,
+        image_tokens=distillation.image_tokens,
+        denoise_terms=functools.partial(student_denoise_terms, distillation.student),
+        replay_encoder=dataclasses.replace(replay_encoder, source_length=config.data.replay_length),
+        mixes_replay=bool(config.loss.denoise),
+        new=NEW,
+        fixed=("image_whitening",),
+        whiten=config.student.whiten,
+    )
+
+
+def _distillation(config: ConfigDict, clip_config: ClipConfig, bart_config: BartConfig) -> Distillation:
+    image_tokens = choose(config, "student.image_tokens", {name: name for name in ("projected", *HIDDEN, "pooled")})
+    position = choose(config, "student.sentence_position", {"eos": "eos", "bos": "bos"})
+    dtype = choose(config, "dtype", DTYPES)
+    student = Student(
+        with_training_rates(bart_config, config),
+        clip_config.projection_dim,
+        clip_config.vision.hidden_size if image_tokens in HIDDEN else clip_config.projection_dim,
+        sentence_position=position,
+        whiten=bool(config.student.whiten),
+        dtype=dtype,
+        remat=config.remat,
+    )
+    return Distillation(
+        student,
+        Clip(clip_config, dtype=dtype),
+        image_tokens,
+        unit=choose(config, "student.ttdm", {"normalised": True, "raw": False}),
+        learned_scale=choose(config, "student.logit_scale", {"learned": True, "clip": False}),
+        pull=bool(config.loss.l2),
+    )
+
+
+def _read_params(config: ConfigDict, student: Student) -> Params:
+    """BART's parameters as given; the linears and the logit scale are drawn from `config.seed`."""
+
+    def draw(key: Key[Array, ""]) -> Params:
+        params = student.init(key, *student.example_inputs())["params"]
+        return {name: value for name, value in params.items() if name != "bart"}
+
+    bart = load_bart(model_directory(config.bart))[1]
+    return {"bart": bart, **jax.jit(draw)(jax.random.key(config.seed))}
+
+
+def _read_frozen(config: ConfigDict, pull: bool) -> Frozen:
+    frozen = {"clip": load_clip(model_directory(config.clip))[1]}
+    return frozen | ({"start": load_bart(model_directory(config.bart))[1]} if pull else {})
+
+
+def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> TeacherOutputs:
+    """What the frozen teacher makes of a batch, without a gradient."""
+    params = jax.lax.stop_gradient(params)
+    output = teacher.apply({"params": params}, normalize_pixels(batch.pixels), method="encode_images")
+    text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")
+    return jax.lax.stop_gradient(TeacherOutputs(select_tokens(output, image_tokens), output.embedding, text))
+
+
+def select_tokens(output: ClipImageOutput, kind: str) -> Float[Array, "B N W"]:
+    """Image tokens of CLIP's output: "projected" [B, N, E], "pooled" [B, 1, E], of `HIDDEN` [B, N, CLIP's width]."""
+    if kind in HIDDEN:
+        return getattr(output, HIDDEN[kind])
+    return output.tokens if kind == "projected" else output.embedding[:, None]
+
+
+def distill_terms(distillation: Distillation, params: Params, frozen: Frozen, batch: Batch, rng: Rng) -> Terms:
+    """`ttdm`, `itcl`, `icti`; with a text-only batch in it `denoise`; with a pull to the start `l2`."""
+    teacher = teacher_outputs(distillation.teacher, frozen["clip"], batch, distillation.image_tokens)
+    clip_scale = jnp.exp(jax.lax.stop_gradient(frozen["clip"]["logit_scale"]))
+    terms = distillation.student.apply(
+        {"params": params},
+        distillation,
+        batch,
+        teacher,
+        clip_scale,
+        rng,
+        rngs=dropout_rngs(rng),
+        method=_student_terms,
+    )
+    if distillation.pull:
+        gaps = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params["bart"], frozen["start"])
+        terms["l2"] = 0.5 * sum(jax.tree.leaves(gaps)), jnp.float32(1)
+    return terms
+
+
+def _student_terms(
+    student: Student,
+    distillation: Distillation,
+    batch: Batch,
+    teacher: TeacherOutputs,
+    clip_scale: Float32[Array, ""],
+    rng: Rng,
+) -> Terms:
+    """The terms of a bound student."""
+    tokens, image, text = teacher
+    clean = student.encode(batch.text_ids, batch.text_mask, deterministic=rng is None)
+    sentence = student.embed_sentence(clean, batch.text_mask)
+    near = sentence if distillation.unit else student.embed_sentence(clean, batch.text_mask, unit=False)
+    corrupted = student.encode(batch.source_ids, batch.source_mask, deterministic=rng is None)
+    memory, mask = student.memory(student.image_prefix(tokens), corrupted, batch.source_mask)
+    logits = student.decode_logits(batch.text_ids, memory, mask, deterministic=rng is None)
+    terms = {
+        "ttdm": losses.ttdm(near, text),
+        "itcl": losses.itcl(image, sentence, student.scale() if distillation.learned_scale else clip_scale),
+        "icti": losses.icti(logits, batch.text_ids, batch.target_mask),
+    }
+    if batch.replay is not None:
+        terms["denoise"] = denoise_terms(student.bart, batch.replay, rng)["denoise"]
+    return terms
+
+
+def student_denoise_terms(student: Student, params: Params, frozen: Frozen, batch: Batch, rng: Rng) -> Terms:
+    """`denoise_terms` of the student's BART."""
+
+    def forward(student: Student) -> Terms:
+        return denoise_terms(student.bart, batch, rng)
+
+    return student.apply({"params": params}, rngs=dropout_rngs(rng), method=forward)

@@ -1,0 +1,83 @@
+"""What is trained, as a static description: modules, what a batch holds, loss terms. Arrays come from its methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlkd_jax.data.pipeline import Encoder
+from vlkd_jax.models.clip import Clip
+from vlkd_jax.types import Array, Batch, Float32, Key, Params
+
+Frozen = dict[str, Params]
+"""What the losses read and nothing changes: {"clip": the teacher}, {"start": BART as the run begins}, or nothing."""
+Terms = dict[str, tuple[Float32[Array, ""], Float32[Array, ""]]]
+"""Loss name -> (sum, count)."""
+Rng = Key[Array, ""] | None
+"""A random key; None: no dropout."""
+TermsFunction = Callable[[Params, Frozen, Batch, Rng], Terms]
+"""(params, frozen, batch, rng) -> terms."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model to train and what it is trained on.
+
+    Attributes:
+      module: the Flax module of the trained parameters.
+      configs: configurations by name, "clip" and "bart", as their directories have them.
+      encoder: what a batch holds.
+      terms: the loss terms of a batch; without a weight in `weights` a term is only reported.
+      weights: loss name -> its weight in the total.
+      read_params: reads or draws the parameters that training starts from; the numpy or jax arrays of this host.
+      read_frozen: the same for `Frozen`.
+      abstract_frozen: shapes of what `read_frozen` gives.
+      example: arguments for `module.init`, of which the shapes count.
+      needs_images: whether its records must have pictures.
+      teacher: the module of `Frozen["clip"]`.
+      image_tokens: which of the teacher's image tokens the student reads.
+      denoise_terms: the terms of a text-only batch, by which the text abilities are measured; None: it has none.
+      replay_encoder: what a text-only batch beside the pairs holds; mixes_replay: whether training mixes such in.
+      new: top-level parameters that start from nothing and take the larger learning rate.
+      fixed: top-level parameters that no gradient reaches.
+      whiten: images from which the fixed whitening of the image tokens is set at the start; 0: there is none.
+    """
+
+    module: nn.Module
+    configs: dict[str, Any]
+    encoder: Encoder
+    terms: TermsFunction
+    weights: dict[str, float]
+    read_params: Callable[[], Params]
+    read_frozen: Callable[[], Frozen] = dict
+    abstract_frozen: Frozen = dataclasses.field(default_factory=dict)
+    example: tuple[Any, ...]
+    needs_images: bool = True
+    teacher: Clip | None = None
+    image_tokens: str = "projected"
+    denoise_terms: TermsFunction | None = None
+    replay_encoder: Encoder | None = None
+    mixes_replay: bool = False
+    new: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    whiten: int = 0
+
+    def abstract(self) -> tuple[Params, Frozen]:
+        """`jax.ShapeDtypeStruct` trees of the parameters and of what is frozen, from the configurations alone."""
+        return jax.eval_shape(self.module.init, jax.random.key(0), *self.example)["params"], self.abstract_frozen
+
+    def load_params(self, shardings: Any = None) -> Params:
+        """The parameters that training starts from, float32, on the devices that `shardings` (a prefix tree) says.
+
+        Raises:
+          UserError: a directory or its weights cannot be read.
+        """
+        return jax.device_put(self.read_params(), shardings)
+
+    def load_frozen(self, shardings: Any = None) -> Frozen:
+        """What is frozen, placed as `load_params` does. Raises UserError as it does."""
+        return jax.device_put(self.read_frozen(), shardings)

@@ -1,0 +1,176 @@
+"""`VLKD`: a usable student, with everything that answering, evaluating and exporting it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vlkd_jax import predict
+from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.config import with_defaults
+from vlkd_jax.configs.suites import CAPTION, QUESTION
+from vlkd_jax.data.images import open_image
+from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.text import BartText, ClipText
+from vlkd_jax.errors import UserError
+from vlkd_jax.identity import check_inputs, hash_inputs
+from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.clip import Clip
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+from vlkd_jax.models.vlkd import Student
+from vlkd_jax.sharding import make_mesh, replicated
+from vlkd_jax.tasks import make_task
+from vlkd_jax.tasks.task import Frozen, Task
+from vlkd_jax.types import Params
+from vlkd_jax.workdir import CONFIG_FILE
+
+Picture = str | Path | Image.Image | np.ndarray
+"""A path, a PIL image, or uint8 [height, width, 3]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VLKD:
+    """A student with its teacher, on the devices.
+
+    >>> model = VLKD.from_run("runs/shapes")
+    >>> model.answer(["photo.jpg"], ["what color is the car?"])
+    ['red']
+
+    Attributes:
+      bart, bart_params: the student's BART; bart_text: its tokenizer.
+      student, params: BART and the linears; None where there is only a BART.
+      teacher, clip_params: CLIP; clip_text: its tokenizer; None where there is only a BART.
+      configs: "bart" and "clip", as their directories have them.
+      image_tokens: which of the teacher's image tokens the student reads.
+      image_size: pixels a side that the teacher reads.
+      identity: where it comes from: {"directory", "step", "inputs": sha256 of the files it began with}.
+    """
+
+    bart: Bart
+    bart_params: Params
+    bart_text: BartText
+    configs: dict[str, BartConfig | ClipConfig]
+    student: Student | None = None
+    params: Params | None = None
+    teacher: Clip | None = None
+    clip_params: Params | None = None
+    clip_text: ClipText | None = None
+    image_tokens: str = "projected"
+    image_size: int = 0
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task, params: Params, frozen: Frozen, identity: dict[str, Any] | None = None) -> VLKD:
+        """What a task trains, with these parameters: a student, or the BART of a text-only task.
+
+        Raises:
+          UserError: the task trains neither.
+        """
+        if "bart" not in task.configs:
+            raise UserError("this run trains a CLIP; only a run of objective vlkd or bart_denoise can be used here")
+        bart = Bart(task.configs["bart"], dtype=task.module.dtype)
+        common = {"bart": bart, "bart_text": task.encoder.bart_text, "configs": task.configs}
+        common["identity"] = identity or {}
+        if task.teacher is None:
+            return cls(bart_params=params, **common)
+        return cls(
+            bart_params=params["bart"],
+            student=task.module,
+            params=params,
+            teacher=task.teacher,
+            clip_params=frozen["clip"],
+            clip_text=task.encoder.clip_text,
+            image_tokens=task.image_tokens,
+            image_size=task.encoder.image_size,
+            **common,
+        )
+
+    @classmethod
+    def from_run(cls, directory: str | Path, at_start: bool = False) -> VLKD:
+        """The student of a training run's newest checkpoint; with `at_start` as it was before the first step.
+
+        Raises:
+          UserError: no run there, no checkpoint yet, the models it names have moved or changed, or the run is not of
+            objective vlkd.
+        """
+        task, params, step = load_run(directory)
+        if task.teacher is None:
+            raise UserError(f"{directory}: that run trains no student; give a run of objective vlkd")
+        shared = replicated(make_mesh(1))
+        if at_start:
+            set_at_start = {name: value for name, value in params.items() if name in task.fixed}
+            params, step = task.load_params(shared) | set_at_start, 0
+        identity = {"directory": str(Path(directory).absolute()), "step": step}
+        identity["inputs"] = hash_inputs(run_config(directory))
+        return cls.of(task, params, task.load_frozen(shared), identity)
+
+    def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
+        """Zero-shot answers, one for each picture and its question.
+
+        Raises:
+          UserError: a question that is too long.
+          RecordError: a picture that cannot be read.
+        """
+        return self._generate(images, ({"question": question} for question in questions), "question", max_new_tokens)
+
+    def caption(self, images: Sequence[Picture], max_new_tokens: int = 20) -> list[str]:
+        """Zero-shot captions, without the prompt `a picture of`. Raises RecordError for a picture it cannot read."""
+        return self._generate(images, ({} for _ in images), "caption", max_new_tokens)
+
+    def _generate(self, images: Iterable[Picture], fields: Iterable[dict], name: str, max_new_tokens: int) -> list[str]:
+        prompts = {"question": QUESTION, "caption": CAPTION}[name]
+        encoder, decoder = prompts[f"{name}_encoder"], prompts[f"{name}_decoder"]
+        requests = (
+            predict.Request(
+                self.bart_text.encode_template(encoder, **values),
+                self.bart_text.encode_template(decoder, **values),
+                image=open_picture(image),
+            )
+            for image, values in zip(images, fields, strict=True)
+        )
+        return list(predict.generate(self, requests, max_new_tokens))
+
+    def embed_images(self, images: Iterable[Picture]) -> np.ndarray:
+        """The teacher's image embeddings [n, E], L2-normalised. Raises RecordError for a picture it cannot read."""
+        return predict.embed_images(self, map(open_picture, images))
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """The student's sentence embeddings [n, E], L2-normalised. Raises UserError for a text that is too long."""
+        return predict.embed_texts(self, texts)
+
+
+def open_picture(picture: Picture) -> Image.Image | np.ndarray:
+    """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    return picture if isinstance(picture, np.ndarray) else open_image(picture)
+
+
+def run_config(directory: str | Path) -> ConfigDict:
+    """The configuration of a training run. Raises UserError when there is none."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
+    return ConfigDict(with_defaults(read_json(path)))
+
+
+def load_run(directory: str | Path) -> tuple[Task, Params, int]:
+    """(task, trained parameters, step) of a training run's newest checkpoint; its optimizer is not read.
+
+    Raises:
+      UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
+    """
+    config = run_config(directory)
+    check_inputs(Path(directory), config, hash_inputs(config))
+    task, shared = make_task(config), replicated(make_mesh(1))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), task.abstract()[0])
+    with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
+        step, parts, _ = checkpoints.restore({"params": params})
+    return task, parts["params"], step
