@@ -38,15 +38,18 @@ SUITES = {
     "vqav2": {
         "kind": "vqa",
         "questions": "",  # official questions JSON
-        "annotations": "",  # official annotations JSON, ten answers each
+        "annotations": "",  # official annotations JSON; none: answered without a score
+        "metric": "vqa_accuracy",  # of ten human answers; exact_match: right if it is one of the answers, however many
         "images": "",  # folder of the pictures
         "image_name": "{image_id:012d}.jpg",  # the official sets: COCO_val2014_{image_id:012d}.jpg
+        "max_unusable": 0.0,  # share of pictures that may be missing or damaged; theirs is left out of the score
         **QUESTION,
     },
     "coco_caption": {
         "kind": "caption",
-        "captions": "",  # COCO captions JSON
+        "captions": "",  # as data.captions; a COCO file may have images alone; none: every picture of the folder
         "images": "",
+        "max_unusable": 0.0,
         **CAPTION,
     },
 }
@@ -56,4 +59,5 @@ def get_config(names: str = "shapes") -> ConfigDict:
     unknown = [name for name in names.split(",") if name not in SUITES]
     if unknown:
         raise UserError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
-    return ConfigDict({"suites": tuple(names.split(",")), "batch_size": 64, **{n: SUITES[n] for n in names.split(",")}})
+    chosen = {name: {**SUITES[name], "name": name} for name in names.split(",")}
+    return ConfigDict({"suites": tuple(chosen), "batch_size": 64, **chosen})

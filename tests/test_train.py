@@ -213,7 +213,7 @@ def test_bad_records_are_passed_over_and_told(assets, tmp_path, capsys):
     (tmp_path / "5.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "captions.tsv").write_text("".join(lines))
     folder = {"data__source": "folder", "data__captions": f"{tmp_path}/captions.tsv", "data__images": str(tmp_path)}
-    config = tiny_config(assets, **folder, **MIXED | {"loss__denoise": 0.0}, steps=4)
+    config = tiny_config(assets, **folder, **MIXED | {"loss__denoise": 0.0}, steps=4, data__max_unusable=0.1)
     state = train(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert int(state.step) == 4 and int(state.skipped) == 0

@@ -11,7 +11,7 @@ from tiny import IMAGE_SIZE, ROOT, tiny_config, write_pictures
 from configs import suites
 from vlkd_jax.data.sources import RecordError
 from vlkd_jax.errors import UserError
-from vlkd_jax.evaluate import evaluate, read_rows
+from vlkd_jax.evaluate import evaluate, read_items, read_rows
 from vlkd_jax.train import train
 from vlkd_jax.vlkd import VLKD
 
@@ -80,9 +80,9 @@ def test_before_is_an_evaluation_of_the_start(run, model, tmp_path):
     start = VLKD.from_run(run / "runs" / "mine", at_start=True)
     config = suites.get_config("shapes")
     config.shapes.update({"questions": 14, "captions": 4, "retrieval": 4, "text_questions": 7, "baselines": True})
-    results = evaluate(config, model, tmp_path / "both", start)["shapes"]
+    results = dict(evaluate(config, read_items(config), model, tmp_path / "both", start))["shapes"]
     config.shapes.baselines = False
-    alone = evaluate(config, start, tmp_path / "start")["shapes"]
+    alone = dict(evaluate(config, read_items(config), start, tmp_path / "start"))["shapes"]
     assert results["before"] == {name: alone[name] for name in results["before"]}
     before, after = read_rows(tmp_path / "both" / "before" / "shapes"), read_rows(tmp_path / "both" / "shapes")
     assert before == read_rows(tmp_path / "start" / "shapes")

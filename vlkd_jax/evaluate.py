@@ -1,7 +1,8 @@
 """Zero-shot evaluation of a run's newest checkpoint.
 
 `python -m vlkd_jax.evaluate --config=suites:NAME[,NAME] --checkpoint=DIR --workdir=OUT`, DIR being the
-workdir of a training run. Writes OUT/metrics.json and OUT/NAME/predictions.jsonl.
+workdir of a training run. Writes OUT/NAME/predictions.jsonl as batches are done, and OUT/metrics.json with each suite;
+for suites of published benchmarks also OUT/NAME/results.json in their servers' form.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,17 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.data.sources import counted, has_lone_surrogate
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals.suite import Row, predict_rows
+from vlkd_jax.evals.suite import Match, Prompt, Row, Suite, predict_rows
 from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.vlkd import VLKD, run_config
 from vlkd_jax.workdir import output_directory, write_atomic
 
 PREDICTIONS = "predictions.jsonl"
+RESULTS = "results.json"
+METRICS = "metrics.json"
 
 
 def check_suites(suites: ConfigDict) -> None:
@@ -36,44 +42,77 @@ def check_suites(suites: ConfigDict) -> None:
         raise UserError(f"to be set: {', '.join(f'--{field}=...' for field in empty)}")
 
 
-def evaluate(suites: ConfigDict, model: VLKD, workdir: Path, start: VLKD | None = None) -> dict[str, Any]:
-    """Runs every suite of `suites.suites`; writes each one's predictions and returns the metrics by suite.
+def read_items(suites: ConfigDict) -> dict[str, list[Prompt | Match]]:
+    """What each suite asks. All of it is read and checked here, before anything is computed.
+
+    Raises:
+      UserError: a suite that has fields without a value, or files that cannot be used.
+    """
+    check_suites(suites)
+    return {name: list(SUITES[suites[name].kind].items(suites[name])) for name in suites.suites}
+
+
+def evaluate(
+    suites: ConfigDict, items: dict[str, list[Prompt | Match]], model: VLKD, workdir: Path, start: VLKD | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs every suite of `suites.suites` and gives (name, metrics) when it is done, its predictions on disk.
 
     Args:
+      items: of `read_items`.
       start: the student before distillation; suites with `baselines` set are run for it too, as `before`, with its
         predictions below `workdir/before`.
     """
-    results: dict[str, Any] = {}
     for name in suites.suites:
-        suite, before = suites[name], time.monotonic()
-        metrics = _run(suite, model, suites.batch_size, workdir / name)
+        suite, began = suites[name], time.monotonic()
+        kind = SUITES[suite.kind]
+        metrics = _run(kind, items[name], model, suites.batch_size, workdir / name)
         if start is not None and suite.get("baselines"):
             plain = suite.copy_and_resolve_references()
             with plain.unlocked():
                 plain.baselines = False
-            metrics["before"] = _run(plain, start, suites.batch_size, workdir / "before" / name)
-        results[name] = {**metrics, "suite": suite.to_dict(), "seconds": round(time.monotonic() - before, 2)}
-        say(f"{name}: {results[name]['seconds']:.1f} s, {workdir / name / PREDICTIONS}")
-    return results
+            metrics["before"] = _run(kind, kind.items(plain), start, suites.batch_size, workdir / "before" / name)
+        metrics |= {"suite": suite.to_dict(), "seconds": round(time.monotonic() - began, 2)}
+        say(f"{name}: {metrics['seconds']:.1f} s, {workdir / name / PREDICTIONS}")
+        yield name, metrics
 
 
-def _run(suite: ConfigDict, model: VLKD, batch_size: int, directory: Path) -> dict[str, Any]:
-    kind = SUITES[suite.kind]
-    rows = list(predict_rows(kind, suite, model, batch_size))
-    write_rows(directory, rows)
-    return kind.score(rows)
+def _run(kind: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: int, directory: Path) -> dict[str, Any]:
+    rows = write_rows(directory, predict_rows(kind, items, model, batch_size))
+    scored = [row for row in rows if "score" in row]
+    metrics = kind.score(scored) if scored else {"n": 0}
+    faults = Counter(row["fault"] for row in rows if "fault" in row)
+    metrics |= {"left_out": dict(faults)} if faults else {}
+    unscored = len(rows) - len(scored) - faults.total()
+    metrics |= {"unscored": unscored} if unscored else {}
+    escaped = sum(has_lone_surrogate(json.dumps(row, ensure_ascii=False)) for row in rows)
+    if escaped:
+        say(f"{directory / PREDICTIONS}: {escaped} row(s) hold half an emoji, which stands escaped; the model read ?")
+        metrics["escaped"] = escaped
+    if kind.results:
+        text = json.dumps(kind.results(rows), indent=1)
+        write_atomic(directory / RESULTS, (text + "\n").encode())
+    return metrics
 
 
-def write_rows(directory: Path, rows: list[Row]) -> None:
-    """One JSON object a line, to `directory/predictions.jsonl`."""
+def write_rows(directory: Path, rows: Iterable[Row]) -> list[Row]:
+    """Writes rows as they come, a JSON object a line, and returns them.
+
+    They go to `directory/predictions.jsonl.part`, which becomes predictions.jsonl at the end: what had been computed
+    stays there whatever happens. Half an emoji (a lone surrogate), which UTF-8 cannot hold, becomes its JSON escape.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(directory / PREDICTIONS, lines.encode())
+    part, written = directory / f"{PREDICTIONS}.part", []
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            written.append(row)
+    part.replace(directory / PREDICTIONS)
+    return written
 
 
 def read_rows(directory: Path) -> list[Row]:
     """The rows that `write_rows` wrote there."""
-    return [json.loads(line) for line in (directory / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (directory / PREDICTIONS).read_text(encoding="utf-8").split("\n") if line]
 
 
 def circumstances(seed: int) -> dict[str, Any]:
@@ -94,25 +133,41 @@ def main() -> None:
     suites = flags.FLAGS.config
     if "suites" not in suites:
         raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
-    check_suites(suites)
     checkpoint = flags.FLAGS.checkpoint
+    items, config = read_items(suites), run_config(checkpoint)
+    workdir, results = output_directory(flags.FLAGS.workdir), {}
     model = VLKD.from_run(checkpoint)
     wants_start = any(suites[name].get("baselines") for name in suites.suites)
     start = VLKD.from_run(checkpoint, at_start=True) if wants_start else None
-    workdir, config = output_directory(flags.FLAGS.workdir), run_config(checkpoint)
-    results = evaluate(suites, model, workdir, start)
-    result = {"suites": results, "checkpoint": model.identity, **circumstances(config.seed)}
-    result |= {"dtype": config.dtype, "batch_size": suites.batch_size, "decoding": "greedy"}
-    result["peak_memory"] = peak_memory()
-    write_atomic(workdir / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
-    say(f"wrote {workdir / 'metrics.json'}")
+    about = {"checkpoint": model.identity, **circumstances(config.seed), "dtype": config.dtype}
+    about |= {"batch_size": suites.batch_size, "decoding": "greedy"}
+    for name, metrics in evaluate(suites, items, model, workdir, start):
+        results[name] = metrics
+        unfinished = [other for other in suites.suites if other not in results]
+        result = {"suites": results, "unfinished": unfinished, **about, "peak_memory": peak_memory()}
+        write_atomic(workdir / METRICS, (json.dumps(result, indent=1) + "\n").encode())
+    say(f"wrote {workdir / METRICS}")
     for name, metrics in results.items():
         say(f"{name}: " + "  ".join(_headlines(metrics)))
+    check_left_out(suites, results)
+
+
+def check_left_out(suites: ConfigDict, results: dict[str, Any]) -> None:
+    """Raises UserError when pictures that proved damaged on decoding are more than a suite allows."""
+    for name, metrics in results.items():
+        left_out = Counter(metrics.get("left_out", {}))
+        limit = suites[name].get("max_unusable", 0.0)
+        if left_out and left_out.total() > limit * (left_out.total() + metrics["n"] + metrics.get("unscored", 0)):
+            raise UserError(
+                f"{name}: {left_out.total()} items are left out of the score ({counted(left_out)}), "
+                f"config.{name}.max_unusable is {limit:g}; mend their pictures or raise it"
+            )
 
 
 def _headlines(metrics: dict[str, Any], prefix: str = "") -> list[str]:
     names = ("overall", "exact_match", "attribute_f1", "word_f1", "r_at_1", "clip_r_at_1")
     lines = [f"{prefix}{name} {metrics[name]:.3f}" for name in names if name in metrics]
+    lines += [f"{prefix}{name} {metrics[name]}" for name in ("unscored", "escaped") if name in metrics]
     for name in ("vqa", "vqa_blind", "vqa_majority", "caption", "text_qa", "retrieval"):
         if name in metrics:
             lines += _headlines(metrics[name], f"{name}/")

@@ -84,5 +84,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def say(text: str) -> None:
-    """Prints a line at once (standard output may be a file)."""
-    print(text, flush=True)
+    """Prints a line at once (standard output may be a file); what its encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -1,5 +1,7 @@
 """Sources: the three folder formats and what is wrong in them, held-out parts, and texts that carry no picture."""
 
+import codecs
+import io
 import json
 
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image
 
 from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, read_json
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.metrics import say
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 
@@ -256,3 +259,71 @@ def test_texts_of_the_world():
     texts = " ".join(r.text + " " + r.context for r in records)
     assert not any(" ".join(kind) in " ".join(r.context for r in records) for kind in world.HELD_OUT)
     assert all(word in texts for word in (*world.COLORS, *world.SHAPES))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_byte_order_mark_is_no_text(folder, name):
+    """Windows programs begin a file with one."""
+    content = FORMATS[name](PAIRS).encode()
+    plain, marked = read(folder, name, content), read(folder, name, codecs.BOM_UTF8 + content)
+    assert [marked[k] for k in range(3)] == [plain[k] for k in range(3)]
+    assert "UTF-16, not UTF-8; save it as UTF-8" in refused(folder, name, FORMATS[name](PAIRS).encode("utf-16"))
+
+
+def test_texts_end_where_lines_do(folder):
+    path = folder / "lines.txt"
+    path.write_bytes(codecs.BOM_UTF8 + "one\u2028still one\r\ntwo\x0b\n\n three \n".encode())
+    lines = TextLines(path)
+    assert [lines[k].text for k in range(len(lines))] == ["one\u2028still one", "two\x0b", " three "]
+
+
+def test_an_image_id_of_two_pictures_is_refused(folder):
+    """As where two data sets were merged; the same picture listed twice is none of that."""
+    data = json.loads(coco(PAIRS))
+    data["images"].append(dict(data["images"][0]))
+    assert len(read(folder, "c.json", json.dumps(data))) == 3
+    data["images"].append({"id": data["images"][0]["id"], "file_name": "sub/b.jpg"})
+    message = refused(folder, "c.json", json.dumps(data))
+    assert f"image id {data['images'][0]['id']} names two files, a.png and sub/b.jpg" in message
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl"])
+def test_half_an_emoji_is_counted_and_costs_nothing(folder, capsys, name):
+    pairs = [*PAIRS, ("a.png", "half \ud83d"), ("a.png", "\udc00")]
+    for _ in ("training", "held out"):
+        folder_pairs = read(folder, name, FORMATS[name](pairs))
+        assert folder_pairs[3].text == "half \ud83d" and not folder_pairs.faults
+    assert capsys.readouterr().out.count(f"{name}: 2 caption(s) hold half an emoji (a lone surrogate); it is read") == 1
+
+
+def test_faults_are_told_all_at_once(folder):
+    """Counts by kind, and five of them by name."""
+    lines = [*(f"gone{k}.png\tx" for k in range(7)), "a.png\t ", "a.png\tfine"]
+    message = refused(folder, "c.tsv", "\n".join(lines))
+    assert message.startswith("image not found 7, caption empty 1: ")
+    assert all((f"gone{k}.png" in message) == (k < 5) for k in range(7))
+    assert "; and 3 more (8 of 9 records cannot be used, config.data.max_unusable is 0)" in message
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_downloads_that_broke_off_are_seen_at_the_start(folder, rng, kind):
+    path = folder / "images" / f"cut.{kind}"
+    Image.fromarray(rng.integers(0, 255, (60, 60, 3), np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + (b"\0 trailing bytes" if kind == "jpeg" else b""))
+    assert len(read(folder, "c.tsv", f"cut.{kind}\tx\n")) == 1
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    assert "image does not decode" in refused(folder, "c.tsv", f"cut.{kind}\tx\nb.png\tx\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch, encoding):
+    """A picture's name may be half an emoji, a terminal's encoding ASCII."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", written)
+    say("record passed over: \ud83d caf\u00e9.png \u732b")
+    shown = written.buffer.getvalue().decode(encoding)
+    assert shown.startswith("record passed over: \\ud83d caf")
+    assert (
+        shown.encode("ascii", "backslashreplace").decode().encode().decode("unicode_escape").strip().endswith("\u732b")
+    )

@@ -6,12 +6,15 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import SHARED_DATA
 
 from configs import suites
 from vlkd_jax import predict
 from vlkd_jax.data.text import BartText
+from vlkd_jax.errors import UserError
 from vlkd_jax.evals import official, statistics
 from vlkd_jax.evals.suite import predict_rows
+from vlkd_jax.evaluate import check_left_out, evaluate, read_items, read_rows
 
 SIDE = 8
 SHADES = {7: 20, 3: 60, 11: 100, 5: 140, 2: 180, 9: 220}
@@ -43,7 +46,7 @@ def run(monkeypatch, assets, kind, suite, speak):
             yield speak(by_shade[round(np.asarray(request.image).mean())], prompt)
 
     monkeypatch.setattr(predict, "generate", generate)
-    rows = list(predict_rows(kind, suite, types.SimpleNamespace(bart_text=text), 4))
+    rows = list(predict_rows(kind, kind.items(suite), types.SimpleNamespace(bart_text=text), 4))
     return kind.score(rows), rows
 
 
@@ -96,3 +99,180 @@ def test_captions_meet_their_references(folder, assets, rng, monkeypatch):
     for row in rows:
         references = [line["caption"] for line in lines if line["image"] == row["image"]]
         assert row["answers"] == references and row["raw"] in references and row["id"] == row["image"]
+
+
+def official_files(folder, change=lambda questions, annotations: None):
+    """A vqav2 suite of one question for each picture; `change` edits the two lists before they are written."""
+    asked = [{"question_id": 10 * image, "image_id": image, "question": f"is it {image}?"} for image in SHADES]
+    answered = [{"question_id": 10 * image, "answers": [{"answer": f"{image} a"}] * 10} for image in SHADES]
+    change(asked, answered)
+    (folder / "q.json").write_text(json.dumps({"questions": asked}))
+    (folder / "a.json").write_text(json.dumps({"annotations": answered}))
+    suite = suites.get_config("vqav2").vqav2
+    suite.update({"questions": str(folder / "q.json"), "annotations": str(folder / "a.json"), "images": str(folder)})
+    suite.image_name = "v_{image_id:04d}.png"
+    return suite
+
+
+def answers(*given):
+    def change(_, annotations):
+        annotations[1]["answers"] = list(given)
+
+    return change
+
+
+FAULTS = {
+    "a question twice": (lambda q, a: q.append(dict(q[2])), r"q\.json: question_id 110 occurs twice in questions"),
+    "an annotation twice": (lambda q, a: a.append(dict(a[2])), r"a\.json: question_id 110 occurs twice in annotations"),
+    "a number": (answers(*[{"answer": "x"}] * 9, {"answer": 2}), "question 30: answers are {'answer': 2}"),
+    "null": (answers(*[{"answer": "x"}] * 9, {"answer": None}), "question 30: answers are {'answer': None}"),
+    "bare texts": (answers(*["x"] * 10), "question 30: answers are 'x'"),
+    "no answers": (answers(), "question 30: answers are none"),
+    "one human": (answers({"answer": "x"}), r"question 30 has 1 human answer.*metric=exact_match"),
+    "nine humans": (answers(*[{"answer": "x"}] * 9), "question 30 has 9 human answer"),
+    "no annotation": (lambda q, a: a.pop(0), r"a\.json: no answers for question 70;.*annotations=none"),
+    "no text": (lambda q, a: q[1].update(question=5), r"q\.json: question 30: field question is not a text"),
+    "no field": (lambda q, a: q[1].pop("image_id"), r"q\.json: questions\[1\] has no field image_id"),
+    "another kind of id": (lambda q, a: q[1].update(image_id="x"), "image_name .* does not fit image id 'x'"),
+    "no such picture": (
+        lambda q, a: [x.update(image_id=77) for x in q[1:3]],
+        r"q\.json: .*v_0077\.png: image file not found.* \(1 of 5 .*config\.vqav2\.max_unusable is 0\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_score_needs_is_checked_before_anything_is_asked(folder, fault):
+    change, message = FAULTS[fault]
+    with pytest.raises(UserError, match=message):
+        next(iter(official.vqa_items(official_files(folder, change))))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_few_humans_are_scored_by_exact_match(folder, assets, monkeypatch, count):
+    """A right answer is right however many there are; wrong is wrong."""
+    suite = official_files(folder, lambda q, a: [x.update(answers=x["answers"][:count]) for x in a])
+    suite.metric = "exact_match"
+    metrics, _ = run(monkeypatch, assets, official.VQA, suite, lambda image, _: f"The {image}." if image != 3 else "no")
+    assert metrics["overall"] == pytest.approx(5 / 6) and metrics["metric"] == "exact_match"
+
+
+class Model:
+    """Answers a question about picture k with `k`; `fails_after` answers its computer is switched off."""
+
+    def __init__(self, assets, monkeypatch, fails_after=None):
+        self.bart_text, self.fails_after = BartText(assets / "bart"), fails_after
+        monkeypatch.setattr(predict, "generate", self.generate)
+
+    def generate(self, model, requests, max_new_tokens, batch_size):
+        by_shade = {shade: image for image, shade in SHADES.items()}
+        for count, request in enumerate(requests):
+            if count == self.fails_after:
+                raise RuntimeError("switched off")
+            yield f"{by_shade[round(np.asarray(request.image).mean())]} a"
+
+
+def evaluated(config, model, workdir):
+    return dict(evaluate(config, read_items(config), model, workdir))
+
+
+def config_of(**chosen):
+    config = suites.get_config(",".join(chosen))
+    for name, suite in chosen.items():
+        config[name].update(suite)
+    return config
+
+
+def test_rows_are_on_disk_as_they_are_computed(folder, assets, monkeypatch, tmp_path_factory):
+    """What ends an evaluation midway takes nothing of what was done: neither rows, nor the suites before."""
+    out = tmp_path_factory.mktemp("out")
+    config = config_of(vqav2=official_files(folder))
+    with pytest.raises(RuntimeError, match="switched off"):
+        evaluated(config, Model(assets, monkeypatch, fails_after=4), out)
+    part = [json.loads(line) for line in (out / "vqav2" / "predictions.jsonl.part").read_text().splitlines()]
+    assert len(part) == 4 and all(row["score"] == 1 for row in part)
+    metrics = evaluated(config, Model(assets, monkeypatch), out)["vqav2"]
+    assert metrics["overall"] == 1 and len(read_rows(out / "vqav2")) == 6
+    assert not (out / "vqav2" / "predictions.jsonl.part").exists()
+
+
+def test_half_an_emoji_in_a_question_costs_nothing(folder, assets, monkeypatch, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    config = config_of(vqav2=official_files(folder, lambda q, a: q[1].update(question="what is \ud83d ?")))
+    metrics = evaluated(config, Model(assets, monkeypatch), out)["vqav2"]
+    assert metrics["escaped"] == 1 and metrics["overall"] == 1 and metrics["n"] == 6
+    assert [row["prompt"] for row in read_rows(out / "vqav2") if row["id"] == 30] == [
+        "question: what is \ud83d ? answer:"
+    ]
+
+
+def test_without_annotations_questions_are_answered_for_the_server(folder, assets, monkeypatch, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    suite = official_files(folder)
+    suite.annotations = "none"
+    metrics = evaluated(config_of(vqav2=suite), Model(assets, monkeypatch), out)["vqav2"]
+    assert metrics["unscored"] == 6 and "overall" not in metrics
+    results = json.loads((out / "vqav2" / "results.json").read_text())
+    expected = [{"question_id": 10 * image, "answer": f"{image} a"} for image in sorted(SHADES)]
+    assert sorted(results, key=lambda entry: entry["question_id"]) == expected
+
+
+@pytest.mark.parametrize("form", ["images alone", "some captions", "folder"])
+def test_pictures_without_references_are_captioned(folder, assets, monkeypatch, tmp_path_factory, form):
+    out = tmp_path_factory.mktemp("out")
+    images = [{"id": 1000 + image, "file_name": f"v_{image:04d}.png"} for image in SHADES]
+    data = {"images": images} | ({"annotations": [{"image_id": 1003, "caption": "3 a"}]} if form[0] == "s" else {})
+    (folder / "c.json").write_text(json.dumps(data))
+    suite = {"captions": "none" if form == "folder" else str(folder / "c.json"), "images": str(folder)}
+    metrics = evaluated(config_of(coco_caption=suite), Model(assets, monkeypatch), out)["coco_caption"]
+    assert metrics["unscored"] == 5 + (form != "some captions")
+    assert metrics.get("word_f1") == (1 if form == "some captions" else None)
+    name = (lambda image: f"v_{image:04d}.png") if form == "folder" else (lambda image: 1000 + image)
+    expected = {name(image): f"{image} a" for image in SHADES}
+    results = json.loads((out / "coco_caption" / "results.json").read_text())
+    assert {entry["image_id"]: entry["caption"] for entry in results} == expected and len(results) == 6
+
+
+def test_a_picture_that_proves_damaged_is_left_out_and_told(folder, assets, monkeypatch, tmp_path_factory):
+    """Its header and end are good; the others are answered, the server's file has every question."""
+    out, path = tmp_path_factory.mktemp("out"), folder / "v_0003.png"
+    config = config_of(vqav2=official_files(folder))
+    data = path.read_bytes()
+    path.write_bytes(data[:45] + bytes(8) + data[53:])
+    metrics = evaluated(config, Model(assets, monkeypatch), out)["vqav2"]
+    assert metrics["n"] == 5 and metrics["overall"] == 1 and metrics["left_out"] == {"image does not decode": 1}
+    results = json.loads((out / "vqav2" / "results.json").read_text())
+    assert {"question_id": 30, "answer": ""} in results and len(results) == 6
+    with pytest.raises(UserError, match=r"vqav2: 1 items are left out .*image does not decode 1.*max_unusable is 0"):
+        check_left_out(config, {"vqav2": metrics})
+    config.vqav2.max_unusable = 0.2
+    check_left_out(config, {"vqav2": metrics})
+
+
+@pytest.mark.shared_data
+def test_cases():
+    """Files of the kinds that people report."""
+    cases, images = SHARED_DATA / "cases", str(SHARED_DATA / "coco_open" / "images")
+
+    def vqa(questions, annotations, **fields):
+        files = {"questions": str(cases / questions), "annotations": str(cases / annotations), "images": images}
+        return len(read_items(config_of(vqav2=files | fields))["vqav2"])
+
+    def captions(name):
+        items = read_items(config_of(coco_caption={"captions": str(cases / name), "images": images}))["coco_caption"]
+        return [(item.row["image"], [" ".join(text.split()) for text in item.row["answers"]]) for item in items]
+
+    assert vqa("q.json", "a.json") == vqa("q_surrogate.json", "a.json") == 8
+    assert vqa("q.json", "a_one.json", metric="exact_match") == 8
+    for files in (("q_dup.json", "a.json"), ("q.json", "a_dup.json")):
+        with pytest.raises(UserError, match="question_id 790001 occurs twice"):
+            vqa(*files)
+    for name in ("a_int.json", "a_null.json", "a_strings.json", "a_one.json"):
+        with pytest.raises(UserError, match="question 790001"):
+            vqa("q.json", name)
+    plain = captions("small.json")
+    assert captions("bom.json") == captions("bom.jsonl") == captions("bom.tsv") == plain
+    assert [image for image, _ in captions("images_only.json")] == [image for image, _ in plain]
+    assert len(captions("surrogate.json")) == 8
+    with pytest.raises(UserError, match="image id 1 names two files"):
+        captions("duplicate_ids.json")

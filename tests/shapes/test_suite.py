@@ -82,7 +82,7 @@ def answer_with(monkeypatch, suite, choose):
 
 
 def rows_of(suite, model, *tasks):
-    rows = list(predict_rows(SUITE, suite, model, BATCH))
+    rows = list(predict_rows(SUITE, SUITE.items(suite), model, BATCH))
     return [row for row in rows if not tasks or row["task"] in tasks]
 
 

@@ -16,6 +16,9 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 20
 """Of longer strips only the middle is used: enlarged whole, 1 x 20,000 pixels would take gigabytes."""
 
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+"""The last bytes of a whole file, by Pillow's name of its format."""
+
 warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd files: what matters is raised below
 
 
@@ -68,6 +71,25 @@ def check_header(source: str | Path | bytes) -> Image.Image:
         message = f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller"
         raise RecordError("image too large", message)
     return image
+
+
+def check_picture(path: str | Path) -> None:
+    """Sees that a file is a picture and has its end, without decoding it where its last bytes tell.
+
+    Downloads that broke off keep their header: what lacks its format's last bytes, or is of a format that has none, is
+    decoded to see.
+
+    Raises:
+      RecordError: as `open_image`.
+    """
+    with check_header(path) as image:
+        ending = ENDINGS.get(image.format or "")
+    with open(path, "rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(file.tell() - 16, 0))
+        tail = file.read()
+    if ending is None or not tail.endswith(ending):
+        open_image(path)
 
 
 def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from vlkd_jax.data.images import open_image, resize_and_crop
-from vlkd_jax.data.sources import Record
+from vlkd_jax.data.sources import Record, counted
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.metrics import say
@@ -170,11 +170,6 @@ class UnusableRecords:
 
     def __str__(self) -> str:
         return counted(self.reasons)
-
-
-def counted(reasons: Counter[str]) -> str:
-    """`image not found 3, caption empty 1`."""
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 def batches(

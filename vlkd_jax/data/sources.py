@@ -5,18 +5,25 @@ A source has `__len__` and `__getitem__(index) -> Record`; a record is a functio
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlkd_jax.data.images import check_header
+from vlkd_jax.data.images import check_picture
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.metrics import say
+
+FAULTS_TOLD = 5
+"""So many records that cannot be used are named in one message, beside the counts of all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,8 @@ class TextLines:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.lines = [line for line in _read_text(self.path).splitlines() if line.strip()]
+        lines = [line.removesuffix("\r") for line in _read_text(self.path).split("\n")]
+        self.lines = [line for line in lines if line.strip()]
         if not self.lines:
             raise UserError(f"{self.path}: no text in it; give a file with one text a line")
 
@@ -77,8 +85,8 @@ class FolderPairs:
     """Pictures of a folder and their captions: COCO captions JSON, JSONL (`image`, `caption`) or TSV.
 
     TSV lines are `image<TAB>caption`. Image paths are relative to `images`. Every line is checked at the start: its
-    caption is not empty, its image is there and its header is that of a picture. A line that is not good keeps its
-    place, and raises when it is read.
+    caption is not empty, its image is there, is a picture and has its end (`images.check_picture`). A line that is not
+    good keeps its place, and raises when it is read.
 
     Args:
       captions: the file; images: the folder.
@@ -97,6 +105,7 @@ class FolderPairs:
         self.pairs = readers[self.path.suffix](self.path)
         if not self.pairs:
             raise UserError(f"{self.path}: no captions in it")
+        self._tell_lone_surrogates()
         self.faults = self._find_faults()
         raise_if_too_many(list(self.faults.values()), len(self.pairs), max_unusable)
 
@@ -114,6 +123,12 @@ class FolderPairs:
                 faults[index] = fault
         return faults
 
+    def _tell_lone_surrogates(self) -> None:
+        captions = [pair[2] for pair in self.pairs if not isinstance(pair, RecordError)]
+        count = sum(isinstance(caption, str) and has_lone_surrogate(caption) for caption in captions)
+        if count:
+            _say_once(f"{self.path}: {count} caption(s) hold half an emoji (a lone surrogate); it is read as ?")
+
     def _text_fault(self, where: str, image: Any, text: Any) -> RecordError | None:
         for name, value in (("image", image), ("caption", text)):
             if not isinstance(value, str):
@@ -130,7 +145,7 @@ class FolderPairs:
             message = f"{self.path} {where}: image {path} not found; correct data.images or the line"
             return RecordError("image not found", message)
         try:
-            check_header(path).close()
+            check_picture(path)
         except RecordError as e:
             return RecordError(e.reason, f"{self.path} {where}: field image: {e}")
         return None
@@ -150,11 +165,42 @@ class FolderPairs:
         return Record(" ".join(text.split()), self.images / image, name=f"{self.path} {where}")
 
 
-def raise_if_too_many(faults: Sequence[RecordError], count: int, max_unusable: float) -> None:
-    """Raises UserError with the first of `faults` when they are more than that share of `count` records."""
+@functools.cache
+def _say_once(text: str) -> None:  # a file is read for training and for each held-out set
+    say(text)
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds what UTF-8 cannot encode; JSON can hold it, as an escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def raise_if_too_many(
+    faults: Sequence[RecordError], count: int, max_unusable: float, field: str = "config.data.max_unusable"
+) -> None:
+    """Raises UserError telling of `faults` when they are more than that share, set by `field`, of `count` records."""
     if len(faults) > max_unusable * count:
-        share = f"{len(faults)} of {count} records cannot be used, config.data.max_unusable is {max_unusable:g}"
-        raise UserError(f"{faults[0]} ({share})")
+        raise UserError(
+            f"{tell_faults(faults)} ({len(faults)} of {count} records cannot be used, {field} is {max_unusable:g})"
+        )
+
+
+def tell_faults(faults: Sequence[RecordError]) -> str:
+    """How many there are of each reason, where there is more than one, and the first of them in full."""
+    if len(faults) == 1:
+        return str(faults[0])
+    told = "; ".join(str(fault) for fault in faults[:FAULTS_TOLD])
+    rest = f"; and {len(faults) - FAULTS_TOLD} more" if len(faults) > FAULTS_TOLD else ""
+    return f"{counted(Counter(fault.reason for fault in faults))}: {told}{rest}"
+
+
+def counted(reasons: Counter[str]) -> str:
+    """Reasons with their counts, the most frequent first: "image not found 9, caption empty 2"."""
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
 
 
 class Subset:
@@ -192,12 +238,15 @@ def _held_out_keys(keys: set[str], every: int) -> set[str]:
 
 
 def _read_text(path: Path) -> str:
+    """A file's text without the byte order mark that Windows programs put before it."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); correct the path") from e
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}; save it as UTF-8") from e
+        is_utf16 = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        what = "UTF-16, not UTF-8" if is_utf16 else f"not UTF-8 at byte {e.start}"
+        raise UserError(f"{path}: {what}; save it as UTF-8") from e
 
 
 def read_json(path: str | Path):
@@ -211,6 +260,26 @@ def read_json(path: str | Path):
         return json.loads(_read_text(path))
     except json.JSONDecodeError as e:
         raise UserError(f"{path} line {e.lineno}: not JSON ({e.msg}); correct the file") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets thousands deep
+        raise UserError(f"{path}: not JSON that can be read ({e}); correct the file") from e
+
+
+def image_files(path: Path, data: dict[str, Any]) -> dict[Any, str]:
+    """{image id: file name} of a COCO file's `images`.
+
+    Raises:
+      UserError: an id that names two files: captions would go to the wrong picture.
+      KeyError, TypeError: entries of another form.
+    """
+    files: dict[Any, str] = {}
+    for image in data["images"]:
+        name = files.setdefault(image["id"], image["file_name"])
+        if name != image["file_name"]:
+            raise UserError(
+                f"{path}: image id {image['id']} names two files, {name} and {image['file_name']}; where files were "
+                "merged, give the images of each ids of their own"
+            )
+    return files
 
 
 Pairs = list[tuple[str, Any, Any] | RecordError]
@@ -220,7 +289,7 @@ Pairs = list[tuple[str, Any, Any] | RecordError]
 def _coco_pairs(path: Path) -> Pairs:
     data = read_json(path)
     try:
-        files = {image["id"]: image["file_name"] for image in data["images"]}
+        files = image_files(path, data)
         return [_coco_pair(path, f"annotation {a.get('id', k)}", a, files) for k, a in enumerate(data["annotations"])]
     except KeyError as e:
         raise UserError(f"{path}: field {e} is missing; a COCO captions file has images and annotations") from e
@@ -247,8 +316,8 @@ def _jsonl_pairs(path: Path) -> Pairs:
             row = json.loads(line)
             pairs.append((f"line {number}", row["image"], row["caption"]))
             continue
-        except json.JSONDecodeError as e:
-            why = f"not JSON ({e.msg}); correct the line"
+        except (ValueError, RecursionError) as e:
+            why = f"not JSON ({getattr(e, 'msg', e)}); correct the line"
         except KeyError as e:
             why = f"field {e} is missing; a line has image and caption"
         except TypeError:

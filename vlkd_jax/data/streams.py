@@ -11,8 +11,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches, counted
-from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, TextQuestion, raise_if_too_many
+from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
+from vlkd_jax.data.sources import (
+    CaptionTexts,
+    FolderPairs,
+    Subset,
+    TextLines,
+    TextQuestion,
+    counted,
+    raise_if_too_many,
+)
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.shapes import sources as shapes
 from vlkd_jax.tasks.task import Task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,11 +13,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlkd_jax import predict
+from vlkd_jax.errors import RecordError
 from vlkd_jax.evals.retrieval import text_to_image_hits
+from vlkd_jax.metrics import say
 from vlkd_jax.vlkd import VLKD
 
 Row = dict[str, Any]
-"""A line of predictions.jsonl: `task`, `id`, `image`, then what was given, what was said and how it scored."""
+"""A line of predictions.jsonl: `task`, `id`, `image`, then what was given, what was said and how it scored; or in place
+of the last two `fault`, the reason why its picture could not be used."""
 Picture = Image.Image | np.ndarray
 
 
@@ -58,37 +62,51 @@ class Suite:
     Attributes:
       items: its config -> what is asked. Raises UserError for files that cannot be used.
       judge: a row with `raw` -> what is added to it: `normalised`, `score`, ...
-      score: judged rows, nothing else -> metrics.
+      score: judged rows that have a `score`, one at least, nothing else -> metrics.
+      results: all rows -> what the benchmark's server takes; None: it has none.
     """
 
     items: Callable[[ConfigDict], Iterable[Prompt | Match]]
     judge: Callable[[Row], Row]
     score: Callable[[list[Row]], dict[str, Any]]
+    results: Callable[[list[Row]], list[dict[str, Any]]] | None = None
 
 
-def predict_rows(suite: Suite, config: ConfigDict, model: VLKD, batch_size: int) -> Iterator[Row]:
-    """Judged rows, in the items' order, as batches are done; pictures are opened as they are needed."""
-    for _, group in itertools.groupby(suite.items(config), lambda item: item.row["task"]):
-        items = list(group)
-        run = _generated if isinstance(items[0], Prompt) else _matched
-        for row in run(model, items, batch_size):
-            yield row | suite.judge(row)
+def predict_rows(suite: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: int) -> Iterator[Row]:
+    """Judged rows, as batches are done; pictures are opened as they are needed.
+
+    They come in the items' order, but those of a task whose picture could not be used at its end.
+    """
+    for _, group in itertools.groupby(items, lambda item: item.row["task"]):
+        of_task = list(group)
+        run = _generated if isinstance(of_task[0], Prompt) else _matched
+        for row in run(model, of_task, batch_size):
+            yield row if "fault" in row else row | suite.judge(row)
 
 
 def _generated(model: VLKD, prompts: list[Prompt], batch_size: int) -> Iterator[Row]:
-    texts = predict.generate(model, _requests(model, prompts), prompts[0].new_tokens, batch_size)
-    for prompt, text in zip(prompts, texts, strict=True):
-        yield prompt.row | {"raw": text}
+    asked, faulty = deque(), []
+    requests = _requests(model, prompts, asked, faulty)
+    for text in predict.generate(model, requests, prompts[0].new_tokens, batch_size):
+        yield asked.popleft() | {"raw": text}
+    yield from faulty
 
 
-def _requests(model: VLKD, prompts: list[Prompt]) -> Iterator[predict.Request]:
+def _requests(model: VLKD, prompts: list[Prompt], asked: deque[Row], faulty: list[Row]) -> Iterator[predict.Request]:
+    """The requests, while `asked` receives their rows, and `faulty` those of pictures that cannot be used."""
     text = model.bart_text
     for _, group in itertools.groupby(prompts, lambda prompt: prompt.row["image"]):
-        image = None
-        for prompt in group:
-            image = prompt.open_image() if image is None and prompt.open_image else image
+        of_image = list(group)
+        try:
+            image = of_image[0].open_image() if of_image[0].open_image else None
+        except RecordError as e:
+            say(f"left out, {e.reason}: {e}")
+            faulty += [prompt.row | {"fault": e.reason} for prompt in of_image]
+            continue
+        for prompt in of_image:
             source = text.encode_template(prompt.source, **prompt.fields)
             prefix = text.encode_template(prompt.prefix, **prompt.fields)
+            asked.append(prompt.row)
             yield predict.Request(source, prefix, image, text.encode(prompt.context) if prompt.context else [])
 
 

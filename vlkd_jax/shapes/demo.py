@@ -17,7 +17,7 @@ from absl import flags
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
-from vlkd_jax.evaluate import circumstances, evaluate, read_rows
+from vlkd_jax.evaluate import circumstances, evaluate, read_items, read_rows
 from vlkd_jax.metrics import say
 from vlkd_jax.shapes.report import write_report
 from vlkd_jax.train import train
@@ -58,7 +58,7 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     asked = sum(chosen[name].questions for name in SUITES)
     stages.begin("evaluation", f"2/3 the student before and after, {asked:,} held-out questions, seed {seed}")
     model, start = (VLKD.from_run(workdir / "train", at_start=at_start) for at_start in (False, True))
-    metrics = evaluate(chosen, model, workdir, start)
+    metrics = dict(evaluate(chosen, read_items(chosen), model, workdir, start))
     summaries = {name: _summary(metrics[name]["before"], metrics[name]) for name in SUITES}
     stages.begin("report", "3/3 report")
     result = summaries["shapes"] | {"seen_kinds": summaries["shapes_seen"], "steps": int(state.step)}

@@ -34,10 +34,10 @@ def items(suite: ConfigDict) -> Iterator[Prompt | Match]:
       UserError: an unknown split, or nothing to ask.
     """
     if suite.split not in world.SPLITS:
-        raise UserError(f"config.shapes.split is {suite.split!r}; it is one of {', '.join(world.SPLITS)}")
+        raise UserError(f"config.{suite.name}.split is {suite.split!r}; it is one of {', '.join(world.SPLITS)}")
     for field in ("questions", "captions", "retrieval", "text_questions"):
         if suite[field] < 1:
-            raise UserError(f"config.shapes.{field} is {suite[field]}; it must be at least 1")
+            raise UserError(f"config.{suite.name}.{field} is {suite[field]}; it must be at least 1")
     yield from _questions(suite, "vqa")
     yield from _captions(suite)
     yield from _text_questions(suite)
