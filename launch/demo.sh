@@ -40,6 +40,8 @@ done
 [[ $seed =~ ^[0-9]{1,9}$ ]] || fail "--seed must be a non-negative integer below 1000000000, got $seed"
 [[ $workdir == /* ]] || workdir="$PWD/$workdir"
 
+vlkd_results=", --workdir DIR for the results" # for the message of the next two lines
+vlkd_require_writable "$workdir"
 vlkd_setup runtime
 cd "$VLKD_ROOT"
-exec "$VLKD_PYTHON" -m vlkd_jax.shapes.demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS"
+exec "$VLKD_PYTHON" -m vlkd_jax demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS"

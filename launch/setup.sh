@@ -9,6 +9,17 @@ fail() { # MESSAGE [EXIT CODE]
   exit "${2:-2}"
 }
 
+vlkd_require_writable() { # DIR: it, or the folder it would be made in, can be written in
+  local place=$1
+  while [[ ! -e $place ]]; do place="$(dirname -- "$place")"; done
+  [[ -d $place ]] || fail "$place is no folder; name another place"
+  [[ -w $place && -x $place ]] && return
+  # GNU's stat, else BSD's
+  local owner
+  owner="$(stat -c %U -- "$place" 2>/dev/null || stat -f %Su -- "$place" 2>/dev/null || echo unknown)"
+  fail "cannot write in $place (owner $owner, you are $(id -un)); name places of your own: VLKD_VENV=DIR for the packages${vlkd_results:-}"
+}
+
 vlkd_fingerprint() { # KIND: changes with the requirements, the package metadata and the place of the checkout
   local sum=(shasum -a 256)
   command -v sha256sum >/dev/null && sum=(sha256sum)
@@ -60,7 +71,9 @@ vlkd_pip() { # pip install ARGUMENTS...
   rm -f -- "$vlkd_marker" # pip ended by itself: what it had installed is whole
   local reason
   reason="$(grep -E '^ERROR' "$vlkd_log" | tail -n 1 || true)"
-  fail "could not install the packages (is there a network?): ${reason:-pip failed}; full log: $vlkd_log" 1
+  local guess=" (is there a network?)"
+  [[ $reason =~ Permission\ denied|Read-only\ file\ system|No\ space\ left|quota\ exceeded ]] && guess=""
+  fail "could not install the packages$guess: ${reason:-pip failed}; full log: $vlkd_log" 1
 }
 
 vlkd_make_venv() {
@@ -86,6 +99,19 @@ vlkd_make_venv() {
   vlkd_run "$base" -m venv "$vlkd_venv" || fail "$base -m venv failed: $(tail -n 1 "$vlkd_marker"); log: $vlkd_marker" 1
 }
 
+vlkd_source() { # prints the folder to install from: the checkout, or links to it where pip could not write beside it
+  local links="$vlkd_venv/source" name
+  if [[ -w $VLKD_ROOT && (! -e $VLKD_ROOT/vlkd_jax.egg-info || -w $VLKD_ROOT/vlkd_jax.egg-info) ]]; then
+    printf '%s\n' "$VLKD_ROOT"
+    return
+  fi
+  mkdir -p -- "$links"
+  for name in pyproject.toml requirements.txt README.md LICENSE configs vlkd_jax; do
+    ln -sfn -- "$VLKD_ROOT/$name" "$links/$name"
+  done
+  printf '%s\n' "$links"
+}
+
 vlkd_install() { # KIND
   local files=() flavour=txt name
   rm -f -- "$vlkd_venv/.stamp-runtime" "$vlkd_venv/.stamp-dev"
@@ -96,7 +122,7 @@ vlkd_install() { # KIND
   files=(-r "$VLKD_ROOT/requirements.$flavour")
   [[ $1 == runtime ]] || files+=(-r "$VLKD_ROOT/requirements-dev.$flavour")
   vlkd_pip "${files[@]}"
-  vlkd_pip --no-deps --editable "$VLKD_ROOT"
+  vlkd_pip --no-deps --editable "$(vlkd_source)"
   for name in runtime dev; do
     [[ $1 == runtime && $name == dev ]] || vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"
   done
@@ -106,11 +132,13 @@ vlkd_install() { # KIND
 vlkd_setup() { # KIND: runtime or dev
   vlkd_start=$SECONDS
   vlkd_venv="${VLKD_VENV:-$VLKD_ROOT/.venv}"
-  mkdir -p -- "$(dirname -- "$vlkd_venv")" || fail "cannot make the folder of $vlkd_venv; set VLKD_VENV to another place"
-  vlkd_venv="$(cd "$(dirname -- "$vlkd_venv")" && pwd)/$(basename -- "$vlkd_venv")"
+  [[ $vlkd_venv == /* ]] || vlkd_venv="$PWD/$vlkd_venv"
   vlkd_marker="$vlkd_venv.installing" # there while a set-up runs, and after one that was cut off
   VLKD_PYTHON="$vlkd_venv/bin/python"
   if ! vlkd_is_ready "$1"; then
+    vlkd_require_writable "$(dirname -- "$vlkd_venv")" # lock and marker lie beside it
+    vlkd_require_writable "$vlkd_venv"
+    mkdir -p -- "$(dirname -- "$vlkd_venv")"
     exec 9>"$vlkd_venv.lock"
     if command -v flock >/dev/null && ! flock --nonblock 9; then
       echo "Waiting for another set-up of $vlkd_venv to end."

@@ -19,6 +19,10 @@ fi
 vlkd_setup dev
 cd "$VLKD_ROOT"
 
+if [[ ! -w . ]]; then # another user's checkout: what is kept between two runs lies with the packages
+  export RUFF_CACHE_DIR="${VLKD_PYTHON%/bin/python}/ruff-cache"
+  set -- -o "cache_dir=${VLKD_PYTHON%/bin/python}/pytest-cache" "$@"
+fi
 "$VLKD_PYTHON" -m ruff check .
 "$VLKD_PYTHON" -m ruff format --check .
 

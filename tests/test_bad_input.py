@@ -197,6 +197,7 @@ def run_cases(assets, place):
             [str(full), "no space", "step 4", "step 2 is untouched"],
             2,
         ),
+        "a pattern as workdir": Case(arguments(assets, place / "run [1]"), ["run [1]", "holds '['", "another place"]),
         "a file as workdir": Case(arguments(assets, assets / "bart" / "config.json"), ["config.json", "--workdir"]),
     }
 
@@ -249,6 +250,7 @@ def test_runs_that_would_harm_another(results, place):
         check(name, case, result)
     assert json.loads((place / "run_used" / "config.json").read_text())["seed"] == 0
     assert [path.name for path in (place / "run_used").iterdir()] == ["config.json"]
+    assert not (place / "run [1]").exists()
     assert [p.name for p in (place / "run_disk" / "checkpoints").iterdir()] == ["step_00000002"]
     again = command_line("train", tried["no space"][0].argv)
     assert again.returncode == 0, again.stderr

@@ -595,3 +595,51 @@ def test_two_processes_save_fall_back_and_fail_together(tmp_path):
         assert lines == ["refused True", "full True"]
     assert [err.count("warning: checkpoint") for _, err in outputs] == [1, 0]
     assert step_names(tmp_path) == ["step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize("name", ["run [1]", "a[", "a*", "what?", "back\\slash", os.fsdecode(b"caf\xe9")])
+def test_a_path_that_checkpoints_cannot_be_read_from_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read from such a path") as caught:
+        Checkpoints(tmp_path / name)
+    held = next((c for c in name if c in "[*?\\"), None)
+    assert (repr(held) if held else "not UTF-8") in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read from such a path"):
+        Checkpoints(tmp_path / name / "below")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a]", "#1%20", "{x}", "a\nb", "$HOME", "~", "café 日本", "'\"", "-x", "a,b=c"])
+def test_every_other_path_will_do(tmp_path, name):
+    save_steps(tmp_path / name, 1)
+    step, restored, _ = restore(tmp_path / name)
+    assert step == 1
+    assert_same_bits(restored, make_state(1))
+
+
+def test_a_link_leads_around_a_path_that_will_not_do(tmp_path):
+    (tmp_path / "run [1]").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run [1]")
+    save_steps(tmp_path / "link" / "checkpoints", 1)
+    assert restore(tmp_path / "link" / "checkpoints")[0] == 1
+
+
+def test_a_checkpoint_that_cannot_be_opened_again_is_not_sealed(tmp_path, monkeypatch):
+    """As on the paths that are refused: what Orbax has written there it does not find again."""
+    monkeypatch.setattr(checkpoint, "check_directory", lambda directory: None)
+    with Checkpoints(tmp_path / "run [1]") as checkpoints:
+        with pytest.raises(UserError, match=r"damaged right after it was written.*cannot be opened again"):
+            checkpoints.save(1, make_state(1), {}, wait=True)
+        assert checkpoints.latest() is None
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
+def test_every_array_is_opened_again(tmp_path):
+    save_steps(tmp_path, 1)
+    path, tree = tmp_path / "step_00000001", checkpoint._signatures(make_state(1))
+    checkpoint._open_again(path, tree)
+    wrong = {**tree, "params": {**tree["params"], "params/b/scale": ["float32", [5]]}}
+    with pytest.raises(checkpoint._Damaged, match="its part params holds other arrays"):
+        checkpoint._open_again(path, wrong)
+    shutil.rmtree(path / "opt_state" / "d")
+    with pytest.raises(checkpoint._Damaged, match="cannot be opened again"):
+        checkpoint._open_again(path, tree)

@@ -3,10 +3,13 @@
 import dataclasses
 import errno
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 from absl import flags
+from tiny import environment
 
 from vlkd_jax import entry
 from vlkd_jax.commands import Command, Option
@@ -88,3 +91,64 @@ def test_threads_that_read_ahead_do_not_keep_it_alive(capsys, monkeypatch):
         release.set()
         thread.join()
     assert codes == [2]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_devices_that_are_not_there_are_one_line(platform, tmp_path):
+    argv = [sys.executable, "-m", "vlkd_jax", "demo", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment() | {"JAX_PLATFORMS": platform})
+    assert (done.returncode, done.stdout) == (2, "")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: JAX_PLATFORMS={platform} cannot be used here") and "JAX_PLATFORMS=cpu" in line
+    assert "Traceback" not in done.stderr and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("given", [["--workdir="], ["--workdir", ""]])
+def test_an_empty_value_is_no_directory(given, tmp_path):
+    argv = [sys.executable, "-m", "vlkd_jax", "train", "--config=shapes_vlkd", *given]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --workdir is empty; give a value: --workdir=...\n" and os.listdir(tmp_path) == []
+
+
+def test_paths_that_the_system_refuses_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(entry, "_has_threads", lambda: False)
+    for number in (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+        code, err = ending(capsys, OSError(number, os.strerror(number), "a.json"))
+        assert code == 2 and err == (
+            f"error: a.json: {os.strerror(number)}; name another path, or correct its permissions\n"
+        )
+
+
+PRINTS = """
+import sys
+from vlkd_jax import entry
+from vlkd_jax.commands import Command
+from vlkd_jax.metrics import say
+
+def main():
+    for k in range(int(sys.argv[1])):
+        say("caf" + chr(233))
+
+entry.run(main, Command("program", "", "", (), ""), argv=["program"])
+"""
+
+
+def test_a_terminal_that_lacks_a_letter_ends_no_run():
+    settings = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", PRINTS, "1"], capture_output=True, text=True, env=settings)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9\n", "")
+
+
+def test_a_reader_that_goes_away():
+    """`| head`: a run ends in one line, help without a word."""
+    for command, expected in (
+        (["-c", PRINTS, "100000"], (2, b"error: standard output was closed before the end; send it to a file\n")),
+        (["-m", "vlkd_jax", "--help"], (0, b"")),
+        (["-m", "vlkd_jax.train", "--help"], (0, b"")),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, env=environment())
+        os.close(writer)
+        assert (done.returncode, done.stderr) == expected

@@ -13,7 +13,7 @@ from tiny import tiny_config, write_pictures
 from vlkd_jax.errors import UserError
 from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, record_inputs, with_absolute_paths
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import load_run, run_config
+from vlkd_jax.vlkd import VLKD, load_run, run_config
 
 
 def other_weights(path):
@@ -189,6 +189,83 @@ def test_a_run_is_told_where_its_models_moved(trained):
     train(config, trained / "run")
     config, (_, _, step) = run_config(trained / "run"), load_run(trained / "run")
     assert config.bart == str(trained / "student") and step == 3
+
+
+def test_evaluation_is_told_where_the_models_moved(trained, tmp_path):
+    """Only the models count there: captions and pictures may be gone."""
+    for name in ("clip", "bart"):
+        shutil.copytree(trained / ("student" if name == "bart" else name), tmp_path / name)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config |= {"clip": "/absent/clip", "bart": "/absent/bart"}
+    config["data"] |= {"captions": "/absent/captions.tsv", "images": "/absent/images"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"/absent/bart \(bart\) is gone.*--bart=DIR.*/absent/clip.*--clip=DIR"):
+        load_run(tmp_path / "run")
+    places = {"clip": f"{tmp_path}/clip/", "bart": tmp_path / "bart"}
+    assert load_run(tmp_path / "run", **places)[2] == load_run(trained / "run")[2]
+    model = VLKD.from_run(tmp_path / "run", **places)
+    assert model.identity["inputs"] == json.loads((trained / "run" / "inputs.json").read_text())
+    other_weights(tmp_path / "clip" / "model.safetensors")
+    with pytest.raises(UserError, match=r"clip/model\.safetensors \(clip\) has changed"):
+        VLKD.from_run(tmp_path / "run", **places)
+
+
+def test_everything_a_run_reads_may_move(trained, tmp_path, monkeypatch):
+    """A whole run with all that it reads, at another place and under other names, through a link and with slashes."""
+    place = tmp_path / "elsewhere"
+    shutil.copytree(trained, place)
+    (place / "captions.tsv").rename(place / "texts.tsv")
+    (place / "images").rename(place / "pictures")
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(place)
+    config = relative_config(steps=5)
+    config.clip, config.bart = "clip/", "../link/./student//"
+    config.data.captions, config.data.images = "run/../texts.tsv", f"{tmp_path}/link/pictures/"
+    assert int(train(config, "run").step) == 5
+    config = run_config("run")
+    assert (config.clip, config.bart) == (f"{place}/clip", f"{place}/student")
+    assert (config.data.captions, config.data.images) == (f"{place}/texts.tsv", f"{place}/pictures")
+    (place / "texts.tsv").write_text((place / "texts.tsv").read_text() + "\n")
+    config.steps = 6
+    with pytest.raises(UserError, match=r"texts\.tsv \(data\.captions\) has changed, sha256"):
+        train(config, "run")
+
+
+def test_replayed_texts_may_move_but_not_become_others(models, monkeypatch):
+    (models / "texts.txt").write_text("".join(f"a text of {k} words\n" for k in range(40)))
+    changes = {"loss__denoise": 0.5, "data__source": "shapes"}
+    run = models / "run"
+    train(tiny_config(models, **changes, data__replay=str(models / "texts.txt"), steps=1), run)
+    (models / "texts.txt").rename(models / "replay.txt")
+    moved = tiny_config(models, **changes, data__replay=str(models / "replay.txt"), steps=2)
+    assert int(train(moved, run).step) == 2
+    other = tiny_config(models, **changes, data__replay="shapes_texts", data__context_length=0, steps=3)
+    with pytest.raises(UserError, match=r"shapes_texts \(data\.replay\) is not the file of the start, texts\.txt"):
+        train(other, run)
+    plain = models / "plain"
+    train(tiny_config(models, steps=1), plain)
+    with pytest.raises(UserError, match=r"replay\.txt \(data\.replay\) is new"):
+        train(moved, plain)
+
+
+@pytest.mark.parametrize(
+    "path, spelt",
+    [
+        *[("", ""), ("/", "/"), (".", "HERE"), ("..", "HERE/..")],
+        *[("a/", "HERE/a"), ("a/../b//", "HERE/b"), ("l/a", "HERE/t/a")],
+    ],
+)
+def test_one_spelling_of_a_path(path, spelt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "t"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "l").symlink_to("t")
+    config = tiny_config(Path())
+    config.clip = config.data.captions = path
+    config = with_absolute_paths(config)
+    expected = os.path.normpath(spelt.replace("HERE", str(tmp_path))) if spelt else ""
+    assert config.clip == config.data.captions == expected
 
 
 def test_a_run_that_saved_nothing_may_begin_with_other_files(models):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -75,6 +76,10 @@ def test_mistakes_on_the_demo_command_line(arguments, word, tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
+    return make_checkout(tmp_path)
+
+
+def make_checkout(tmp_path: Path) -> Path:
     """A copy of what set-up reads, in a folder with a space, whose Python only pretends to install."""
     root = tmp_path / "check out"
     shutil.copytree(ROOT / "launch", root / "launch")
@@ -99,6 +104,76 @@ esac
     )
     fake.chmod(0o755)
     return root
+
+
+@pytest.fixture
+def foreign():
+    """A checkout that one may read and not write in, and what makes a subprocess such a user."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own folders are closed to other users
+        root = make_checkout(Path(place))
+        (root.parent / "calls").touch()
+        (root.parent / "calls").chmod(0o666)
+        (root.parent / "mine").mkdir()
+        (root.parent / "mine").chmod(0o777)
+        root.parent.chmod(0o755)
+        if os.geteuid() == 0:
+            yield root, {"user": 65534, "group": 65534, "extra_groups": []}
+        else:
+            root.chmod(0o555)
+            yield root, {}
+            root.chmod(0o755)
+
+
+def set_up_foreign(foreign, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    root, user = foreign
+    environment = os.environ | {"VLKD_VENV": ""} | environment | {"PATH": f"{root.parent}/bin:{os.environ['PATH']}"}
+    return run([root / "launch" / "demo.sh", *argv], cwd=root.parent, env=environment, **user)
+
+
+def test_a_checkout_of_another_user_is_named(foreign):
+    root, _ = foreign
+    mine = root.parent / "mine"
+    for argv, environment in (
+        ([], {}),
+        ([f"--workdir={mine}/run"], {}),
+        ([], {"VLKD_VENV": f"{mine}/venv"}),
+    ):
+        result = set_up_foreign(foreign, *argv, **environment)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
+        assert result.stderr.startswith(f"error: cannot write in {root} (owner ")
+        assert "VLKD_VENV=DIR for the packages, --workdir DIR for the results" in result.stderr
+    assert os.listdir(mine) == []
+
+
+def test_a_checkout_of_another_user_works_with_places_of_ones_own(foreign):
+    """What pip installs from is then a folder of links, as it writes beside what it installs."""
+    root, _ = foreign
+    mine = root.parent / "mine"
+    before = sorted(root.rglob("*"))
+    result = set_up_foreign(foreign, f"--workdir={mine}/run", VLKD_VENV=f"{mine}/venv")
+    assert (result.returncode, result.stderr) == (0, "")
+    told = calls(root)
+    assert any(line.endswith(f"--editable {mine}/venv/source") for line in told)
+    assert told[-1].startswith(f"{mine}/venv/bin/python -m vlkd_jax demo --workdir={mine}/run ")
+    assert {path.name: os.readlink(path) for path in (mine / "venv" / "source").iterdir()} == {
+        name: f"{root}/{name}"
+        for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "configs", "vlkd_jax")
+    }
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
+def test_a_place_that_is_a_file_is_one_line(checkout, script):
+    (checkout / "file").touch()
+    environment = {**os.environ, "VLKD_VENV": f"{checkout}/file/venv"}
+    result = run([checkout / "launch" / script], env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {checkout}/file is no folder; name another place\n"
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network(checkout):
+    result = set_up(checkout, FAKE_PIP_EXITS="1", FAKE_PIP_SAYS="[Errno 28] No space left on device")
+    assert result.returncode == 1 and "No space left" in result.stderr and "network" not in result.stderr
 
 
 def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -128,7 +203,7 @@ def test_set_up_once_then_run(checkout):
     installs = [line.split(" install ")[1] for line in made if " pip install " in line]
     assert [f"-r {checkout}/requirements.lock" in install for install in installs] == [True, False]
     assert f"--editable {checkout}" in installs[1]
-    demo = re.escape(f"{python} -m vlkd_jax.shapes.demo --workdir={checkout.parent}/out put --seed=3 --setup_seconds=")
+    demo = re.escape(f"{python} -m vlkd_jax demo --workdir={checkout.parent}/out put --seed=3 --setup_seconds=")
     assert re.fullmatch(demo + r"\d+", made[-1])
 
     assert set_up(checkout).stdout == ""

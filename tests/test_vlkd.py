@@ -49,6 +49,12 @@ def test_a_picture_is_the_same_in_every_form(run, model):
     assert model.answer([], []) == model.caption([]) == []
 
 
+def test_transparency_lies_on_white_in_every_form(rng, model, tmp_path):
+    picture = Image.fromarray(rng.integers(0, 255, (30, 30, 4), np.uint8), "RGBA")
+    picture.save(tmp_path / "clear.png")
+    np.testing.assert_array_equal(model.embed_images([picture]), model.embed_images([tmp_path / "clear.png"]))
+
+
 def test_it_is_the_trained_one_and_says_so(run, model):
     start = VLKD.from_run(run / "runs" / "mine", at_start=True)
     assert model.identity["step"] == 3 and start.identity["step"] == 0
@@ -67,7 +73,7 @@ def test_refusals(assets, run, model, tmp_path):
     for path in (tmp_path / "broken.png", tmp_path / "missing.png"):
         with pytest.raises(RecordError, match=path.name):
             model.caption([path])
-    with pytest.raises(UserError, match=r"no config.json there; --checkpoint is the --workdir of a training run"):
+    with pytest.raises(UserError, match=r"no config.json there; it is no --workdir of a training run"):
         VLKD.from_run(tmp_path / "nothing")
     for objective, source in (("clip_contrastive", "shapes"), ("bart_denoise", "shapes_texts")):
         train(tiny_config(assets, steps=1, objective=objective, data__source=source), tmp_path / objective)

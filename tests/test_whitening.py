@@ -43,7 +43,8 @@ def estimates(config, task, frozen):
 def tokens_of(config, task, frozen, start, count):
     stream = train_stream(config, task, start)
     images = np.concatenate([next(stream).pixels for _ in range(count)])
-    output = task.teacher.apply({"params": frozen["clip"]}, normalize_pixels(images), method="encode_images")
+    pixels = normalize_pixels(images, task.teacher.config.preprocessing)
+    output = task.teacher.apply({"params": frozen["clip"]}, pixels, method="encode_images")
     return np.asarray(select_tokens(output, "penultimate"))
 
 

@@ -37,6 +37,7 @@ HEADROOM = 1.3  # free space asked for before a save, in sizes of the state
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(orbax-checkpoint-tmp.*|deleted)")
 _SET_ASIDE = re.compile(r"step_(\d{8,})\.damaged-\d+")
+_UNDECODED = {chr(0xDC00 + byte) for byte in range(0x80, 0x100)}  # how Python holds bytes of a path that are no UTF-8
 
 
 class _Damaged(Exception):
@@ -56,9 +57,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        """Raises UserError for `keep` < 1 and for a URL. Makes no directory before the first save."""
-        if "://" in os.fspath(directory):
-            raise UserError(f"{directory}: checkpoints need a directory; mount the bucket and name the mounted path")
+        """Raises UserError for `keep` < 1 and as `check_directory`. Makes no directory before the first save."""
+        check_directory(directory)
         if keep < 1:
             raise UserError(f"number of checkpoints to keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
@@ -223,11 +223,12 @@ class Checkpoints:
         )
 
     def _finish(self, step: int, response: Any, body: dict[str, Any], needed: int) -> None:
-        """Seals the step once Orbax has committed it, then prunes. In the writing thread."""
+        """Seals the step once Orbax has committed it and it opens again, then prunes. In the writing thread."""
         path = self._path(step)
         try:
             response.result()
             if jax.process_index() == 0:
+                _open_again(path, body["tree"])
                 _write_manifest(path, body | {"files": _hash_files(path)})
                 _verify(path, hashes=False)
         except _Damaged as damage:
@@ -262,6 +263,25 @@ class Checkpoints:
             shutil.rmtree(doomed)
         except OSError as error:
             self._warn(path, f"could not be deleted: {error}")
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Raises UserError for a path in or below which checkpoints cannot be kept.
+
+    Orbax takes the whole path for a glob pattern when it looks for what it has written, and tensorstore takes UTF-8.
+    """
+    if "://" in os.fspath(directory):
+        raise UserError(f"{directory}: checkpoints need a directory; mount the bucket and name the mounted path")
+    path = str(Path(directory).absolute())
+    unusable = [repr(character) for character in path if character in "[*?\\"]
+    if any(character in _UNDECODED for character in path):
+        is_utf8 = sys.getfilesystemencoding() == "utf-8"
+        unusable.append("a byte that is not UTF-8" if is_utf8 else "a letter that this locale lacks (set PYTHONUTF8=1)")
+    if unusable:
+        raise UserError(
+            f"{path}: holds {unusable[0]}, and checkpoints cannot be read from such a path; rename the folder, name "
+            "another place, or reach it through a link without it"
+        )
 
 
 def _aside(path: Path, number: int) -> Path:
@@ -305,6 +325,23 @@ def _signatures(parts: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
         }
 
     return {name: signature({name: part}) for name, part in parts.items()}
+
+
+def _open_again(path: Path, tree: dict[str, dict[str, list[Any]]]) -> None:
+    """Raises _Damaged unless Orbax finds the step as it will when it is restored, every array with its dtype and shape.
+
+    Each array is opened, which reads its header; its numbers are not read: for these the manifest has hashes.
+    """
+    try:
+        opened = ocp.checkpointables_metadata(path).metadata
+    except Exception as error:
+        raise _Damaged(f"it cannot be opened again: {' '.join(str(error).split())[:300]}") from error
+    for name, arrays in tree.items():
+        if opened.get(name) is None:  # Orbax tells of a part it cannot open by leaving it out
+            raise _Damaged(f"its part {name} cannot be opened again")
+        leaves = sorted([str(leaf.dtype), list(leaf.shape)] for leaf in jax.tree.leaves(opened[name]))
+        if leaves != sorted(arrays.values()):
+            raise _Damaged(f"its part {name} holds other arrays than were written")
 
 
 def _require_same_trees(path: Path, saved_parts: dict[str, Any], wanted_parts: dict[str, Any]) -> None:

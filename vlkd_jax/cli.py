@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from vlkd_jax.commands import COMMANDS, overview, usage
+from vlkd_jax.runtime import tell, watched
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,16 +24,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     command, *rest = (list(sys.argv[1:] if argv is None else argv)) or [""]
     if command in ("-h", "--help"):
-        print(overview())
+        tell(overview())
     elif command == "--version":
-        print(f"vlkd {_version()}")
+        tell(f"vlkd {_version()}")
     elif command not in COMMANDS:
         _refuse(_unknown(command))
     elif {"-h", "--help"} & set(rest):
-        print(usage(COMMANDS[command], f"vlkd {command}"))
+        tell(usage(COMMANDS[command], f"vlkd {command}"))
     else:
         sys.argv = [f"vlkd {command}", *rest]
-        runpy.run_module(COMMANDS[command].module, run_name="__main__", alter_sys=True)
+        with watched():  # from here on, as the imports take seconds
+            runpy.run_module(COMMANDS[command].module, run_name="__main__", alter_sys=True)
 
 
 def _version() -> str:

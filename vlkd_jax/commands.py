@@ -9,7 +9,14 @@ import dataclasses
 import textwrap
 from collections.abc import Sequence
 
-EXIT_CODES = {0: "done", 1: "a fault of the program", 2: "a mistake in what was given", 3: "training diverged"}
+EXIT_CODES = {
+    0: "done",
+    1: "a fault of the program",
+    2: "a mistake in what was given",
+    3: "training diverged",
+    130: "stopped by Ctrl-C",
+    143: "stopped by SIGTERM",
+}
 COLUMNS = 120
 
 
@@ -57,7 +64,7 @@ class Command:
     description: str
     options: tuple[Option, ...]
     example: str
-    exit_codes: Sequence[int] = (0, 1, 2)
+    exit_codes: Sequence[int] = (0, 1, 2, 130, 143)
 
 
 COMMANDS = {
@@ -65,7 +72,8 @@ COMMANDS = {
         module="vlkd_jax.train",
         summary="train by a config; the same command again resumes",
         description="Trains by a config. DIR receives config.json, checkpoints/, metrics.jsonl and TensorBoard events; "
-        "the same command again goes on from the last checkpoint.",
+        "the same command again goes on from the last checkpoint. Ctrl-C and SIGTERM save the step under way first "
+        "(with early_stop.metric the last evaluated step stands); a second one ends at once.",
         options=(
             Option(
                 "config",
@@ -78,7 +86,7 @@ COMMANDS = {
             Option("workdir", "DIR", "directory of the run", required=True),
         ),
         example="--config=shapes_vlkd --workdir=runs/shapes --config.steps=500 --config.optim.lr=3e-5",
-        exit_codes=(0, 1, 2, 3),
+        exit_codes=(0, 1, 2, 3, 130, 143),
     ),
     "evaluate": Command(
         module="vlkd_jax.evaluate",
@@ -96,6 +104,8 @@ COMMANDS = {
             ),
             Option("checkpoint", "DIR", "--workdir of the training run", required=True),
             Option("workdir", "OUT", "directory of the results", required=True),
+            Option("clip", "DIR", "where the run's CLIP lies now, if it has moved"),
+            Option("bart", "DIR", "where the run's BART lies now, if it has moved"),
         ),
         example="--config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation",
     ),
@@ -117,7 +127,7 @@ COMMANDS = {
             ),
         ),
         example="--workdir=runs/demo --seed=1",
-        exit_codes=(0, 1, 2, 3),
+        exit_codes=(0, 1, 2, 3, 130, 143),
     ),
 }
 """The commands of `vlkd`, by name. Programs beside them keep their `Command` in their own module."""
@@ -147,10 +157,10 @@ def usage(command: Command, program: str) -> str:
     rows += [(f"--{option.name}.FIELD=VALUE", option.overrides) for option in told if option.overrides]
     codes = ", ".join(f"{code} {EXIT_CODES[code]}" for code in command.exit_codes)
     sections = [
-        f"usage: {synopsis}",
+        textwrap.fill(f"usage: {synopsis}", COLUMNS, subsequent_indent="  ", break_on_hyphens=False),
         textwrap.fill(command.description, COLUMNS, break_on_hyphens=False),
         "\n".join(_table(rows)),
-        f"exit codes: {codes}",
+        textwrap.fill(f"exit codes: {codes}", COLUMNS),
         f"example: {program} {command.example}",
     ]
     return "\n\n".join(sections)

@@ -13,12 +13,18 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
+from vlkd_jax import runtime
 from vlkd_jax.commands import Command, Option, usage
 from vlkd_jax.config import config_path
 from vlkd_jax.errors import UserError
 
 NEAR = r"Did you mean \"(\w+)\" instead of \"(\w+)\""
 """How ml_collections tells of an unknown key: the nearest, and the one given."""
+PATH_ERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+}
+"""What the system says of a path that was given wrongly."""
 
 
 class Diverged(UserError):
@@ -29,29 +35,65 @@ def run(main: Callable[[], None], command: Command, argv: Sequence[str] | None =
     """Defines and parses the command's flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
 
     Flags are defined here and not on import, so that entry points can import one another. With `--help` it prints the
-    command's help instead.
+    command's help instead. Ctrl-C and SIGTERM are answered as `vlkd_jax.runtime` says.
     """
+    with runtime.watched():
+        _run(main, command, argv)
+
+
+def _run(main: Callable[[], None], command: Command, argv: Sequence[str] | None) -> None:
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv[1:]):
-        print(usage(command, f"python -m {command.module}"))
+        runtime.tell(usage(command, f"python -m {command.module}"))
         return
+    if getattr(sys.stdout, "errors", "") == "strict":  # a name that the terminal's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         define(command.options)
     except flags.Error as e:  # ml_collections looks into a --flagfile here already
         _leave(str(e), 2)
     try:
         parse(argv, [option.name for option in command.options if option.required])
+        _check_devices()
         main()
+    except runtime.Interrupted as e:
+        _leave(str(e), e.code, kind="")
     except UserError as e:
         _leave(str(e), 3 if isinstance(e, Diverged) else 2)
     except OSError as e:
-        if e.errno is None:  # ml_collections tells of a config file it could not load when the config is first used
-            _leave(str(e), 2)
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno == errno.EPIPE:  # Python would flush once more when it ends
+            runtime.leave("error: standard output was closed before the end; send it to a file", 2)
+        message = _mistake(e)
+        if message is None:
             raise
-        _leave(f"{e.filename or 'a file of this run'}: no space left to write it; free some space and start again", 2)
+        _leave(message, 2)
+
+
+def _check_devices() -> None:
+    """Raises UserError when jax finds no device of the kind it is told to use."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as e:  # an AssertionError without a word where the plug-in of the platform is not installed
+        asked = os.environ.get("JAX_PLATFORMS")
+        cause = f"JAX_PLATFORMS={asked} cannot be used here" if asked else "jax finds no device that it can use"
+        reason = f" ({e})" if str(e) else ""
+        raise UserError(f"{cause}{reason}; set JAX_PLATFORMS=cpu, or install jax for that device") from e
+
+
+def _mistake(error: OSError) -> str | None:
+    """The line for an error of the system that the user can mend; None for another."""
+    if error.errno is None:  # ml_collections tells of a config file it could not load when the config is first used
+        return str(error)
+    name = error.filename or "a file of this run"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{name}: no space left to write it; free some space and start again"
+    if error.errno in PATH_ERRORS and error.filename:
+        return f"{name}: {error.strerror}; name another path, or correct its permissions"
+    return None
 
 
 def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -77,9 +119,11 @@ def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) ->
                 raise ValueError(f"--{option.name} is of unknown kind {kind!r}")
 
 
-def _leave(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    os._exit(code) if "jax" in sys.modules and _has_threads() else sys.exit(code)
+def _leave(message: str, code: int, kind: str = "error: ") -> None:
+    if "jax" in sys.modules and _has_threads():
+        runtime.leave(kind + message, code)
+    print(f"{kind}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _has_threads() -> bool:
@@ -99,6 +143,7 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
     try:
         rest = flags.FLAGS(_with_config_paths(argv, configs))
         missing = [name for name in required if flags.FLAGS[name].value is None]
+        empty = [name for name in flags.FLAGS if "." not in name and flags.FLAGS[name].present and _is_empty(name)]
         wrong = [path for path in configs if not callable(getattr(flags.FLAGS["config"].value, "lock", None))]
     except UserError:
         raise
@@ -111,8 +156,15 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     if wrong:
         raise UserError(f"{wrong[0]}: its get_config() returns no ConfigDict; start from vlkd_jax.configs.base")
+    if empty:
+        raise UserError(f"--{empty[0]} is empty; give a value: --{empty[0]}=...")
     if missing:
         raise UserError(f"missing --{missing[0]}=...; see --help")
+
+
+def _is_empty(name: str) -> bool:
+    value = flags.FLAGS[name].value
+    return isinstance(value, str) and not value
 
 
 def _with_config_paths(argv: Sequence[str], configs: list[str]) -> list[str]:

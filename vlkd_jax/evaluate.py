@@ -34,12 +34,45 @@ PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
 METRICS = "metrics.json"
 
+TEMPLATES = {
+    "question_encoder": {"question": "why?"},
+    "question_decoder": {"question": "why?"},
+    "caption_encoder": {},
+    "caption_decoder": {},
+    "image_name": {"image_id": 1},
+}
+"""Fields of suites that are templates, with an example of what is filled in."""
+
 
 def check_suites(suites: ConfigDict) -> None:
-    """Raises UserError naming the fields of the chosen suites that have no value yet, such as the file of questions."""
+    """Raises UserError naming fields of the chosen suites that no evaluation can use.
+
+    These are fields that have no value yet, such as the file of questions, templates with a field that is not filled
+    in, and numbers that are too small.
+    """
+    for name in suites.suites:
+        if name not in suites or suites[name].get("kind") not in SUITES:
+            kinds = ", ".join(SUITES)
+            raise UserError(f"config.{name} is no suite; a suite is a group of fields with a kind, one of {kinds}")
     empty = [f"config.{name}.{field}" for name in suites.suites for field, value in suites[name].items() if value == ""]
     if empty:
         raise UserError(f"to be set: {', '.join(f'--{field}=...' for field in empty)}")
+    if suites.batch_size < 1:
+        raise UserError(f"config.batch_size is {suites.batch_size}; it must be at least 1")
+    for name in suites.suites:
+        for field, value in suites[name].items():
+            if field in TEMPLATES:
+                _check_template(f"config.{name}.{field}", value, TEMPLATES[field])
+            if field.endswith("_tokens") and value < 1:
+                raise UserError(f"config.{name}.{field} is {value}; it must be at least 1")
+
+
+def _check_template(field: str, template: str, filled: dict[str, Any]) -> None:
+    try:
+        template.format(**filled)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
+        names = f"only {{{next(iter(filled))}}} is filled in there" if filled else "nothing is filled in there"
+        raise UserError(f"--{field}={template!r}: {names}; a brace that is meant is written twice") from e
 
 
 def read_items(suites: ConfigDict) -> dict[str, list[Prompt | Match]]:
@@ -133,12 +166,13 @@ def main() -> None:
     suites = flags.FLAGS.config
     if "suites" not in suites:
         raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
-    checkpoint = flags.FLAGS.checkpoint
-    items, config = read_items(suites), run_config(checkpoint)
+    check_suites(suites)
+    checkpoint, moved = flags.FLAGS.checkpoint, {"clip": flags.FLAGS.clip, "bart": flags.FLAGS.bart}
+    config, items = run_config(checkpoint), read_items(suites)
     workdir, results = output_directory(flags.FLAGS.workdir), {}
-    model = VLKD.from_run(checkpoint)
+    model = VLKD.from_run(checkpoint, **moved)
     wants_start = any(suites[name].get("baselines") for name in suites.suites)
-    start = VLKD.from_run(checkpoint, at_start=True) if wants_start else None
+    start = VLKD.from_run(checkpoint, at_start=True, **moved) if wants_start else None
     about = {"checkpoint": model.identity, **circumstances(config.seed), "dtype": config.dtype}
     about |= {"batch_size": suites.batch_size, "decoding": "greedy"}
     for name, metrics in evaluate(suites, items, model, workdir, start):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,15 +23,23 @@ INPUTS_FILE = "inputs.json"
 TEXTS_OF_THE_RUN = ("", "captions", "shapes_texts")
 """Values of `config.data.replay` that are not a file."""
 
+FIELDS = ("clip", "bart", "data.captions", "data.replay")
+"""The fields whose files are hashed: two directories, two files."""
+MODELS = ("clip", "bart")
+"""Those of `FIELDS` that a trained student needs."""
+
 Hashes = dict[str, dict[str, str]]
 """{field of the config: {file name: sha256}}."""
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """A copy whose paths mean the same from any directory: relative ones are taken from the current one."""
+    """A copy whose paths mean the same from any directory, each in one spelling: no `..`, no slash at the end, no link.
+
+    Only the last name may be a link: its ending, such as `.tsv`, says how a file is read.
+    """
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        for field in ("clip", "bart"):
+        for field in MODELS:
             if not config[field].startswith(BUILTIN):
                 config[field] = _absolute(config[field])
         for field in ("captions", "images"):
@@ -41,21 +50,31 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path) if path else path
+    if not path:
+        return path
+    parent, name = os.path.split(path.rstrip("/") or "/")
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(parent), name)
 
 
-def hash_inputs(config: ConfigDict) -> Hashes:
-    """The sha256 of every file of the teacher, the student's start, their tokenizers, the captions and replayed texts.
+def hash_inputs(config: ConfigDict, fields: Sequence[str] = FIELDS) -> Hashes:
+    """The sha256 of every file of the teacher, the student's start, the captions and replayed texts.
 
-    Files that are not there are left out: what reads them tells more about it. Pictures are not hashed.
+    Tokenizers and preprocessing are among a model's files. Files that are not there are left out: what reads them tells
+    more about it. Pictures are not hashed.
+
+    Args:
+      fields: those of `FIELDS` to look at.
     """
     files: dict[str, list[Path]] = {}
-    for field in ("clip", "bart"):
+    for field in MODELS:
         if config[field] and (directory := model_directory(config[field])).is_dir():
             files[field] = [directory / name for name in files_read(directory)]
     for field, value in (("data.captions", config.data.captions), ("data.replay", config.data.replay)):
         if value not in TEXTS_OF_THE_RUN and Path(value).is_file():
             files[field] = [Path(value)]
+    files = {field: paths for field, paths in files.items() if field in fields}
     with ThreadPoolExecutor(4) as pool:
         return {
             field: dict(zip((path.name for path in paths), pool.map(_sha256, paths), strict=True))
@@ -73,22 +92,33 @@ def record_inputs(workdir: Path, inputs: Hashes) -> None:
     write_atomic(workdir / INPUTS_FILE, (json.dumps(inputs, indent=1) + "\n").encode())
 
 
-def check_inputs(workdir: Path, config: ConfigDict, now: Hashes) -> None:
-    """Compares `now`, the hashes of what `config` names, with those that the run in `workdir` started with.
-
-    A workdir without such a record is let pass: nothing was started there, or by a version that kept none.
+def read_inputs(workdir: Path) -> Hashes:
+    """What the run in `workdir` started with; {} when nothing was started there, or by a version that kept no record.
 
     Raises:
-      UserError: naming every file that is another one, is gone, or was not there at the start.
+      UserError: the record is damaged.
     """
     path = workdir / INPUTS_FILE
     if not path.is_file():
-        return
+        return {}
     try:
-        start: Hashes = json.loads(path.read_bytes())
-        wrong = [line for field in sorted(start | now) for line in _changes(config, field, start, now)]
+        inputs = json.loads(path.read_bytes())
+        return {field: dict(hashes.items()) for field, hashes in inputs.items()}
     except (ValueError, AttributeError, TypeError) as e:
         raise UserError(f"{path}: not readable as the hashes of this run's files ({e}); restore it") from e
+
+
+def check_inputs(workdir: Path, config: ConfigDict, now: Hashes, fields: Sequence[str] = FIELDS) -> None:
+    """Compares `now`, the hashes of what `config` names, with those that the run in `workdir` started with.
+
+    What the files hold counts, not where they lie, nor how a single file is called. A workdir without a record is let
+    pass.
+
+    Raises:
+      UserError: naming every file of `fields` that is another one, is gone, or was not there at the start.
+    """
+    start = read_inputs(workdir)
+    wrong = [line for field in sorted(fields) for line in _changes(config, field, start, now)] if start else []
     if wrong:
         raise UserError(
             f"{workdir}: not what this run started with: {'; '.join(wrong)}; put the files of its start back, or use "
@@ -98,17 +128,36 @@ def check_inputs(workdir: Path, config: ConfigDict, now: Hashes) -> None:
 
 def _changes(config: ConfigDict, field: str, start: Hashes, now: Hashes) -> list[str]:
     before, after = start.get(field, {}), now.get(field, {})
-    is_model = field in ("clip", "bart")
-    place = model_directory(config[field]) if is_model else Path(config.data[field.removeprefix("data.")])
+    if field not in MODELS:
+        return _change_of_file(config, field, before, after)
+    place = model_directory(config[field])
     if before and not place.exists():
-        return [f"{place} ({field}) is gone; where it has moved, `vlkd train --config.{field}=PLACE` tells the run"]
+        moved = f"--config.{field}=DIR (vlkd train) or --{field}=DIR (vlkd evaluate)"
+        return [f"{place} ({field}) is gone; where it has moved, {moved} tells the run"]
     lines = []
     for name in sorted(before | after):
-        path = place / name if is_model else place
+        path = place / name
         if name not in after:
             lines.append(f"{path} ({field}) is gone")
         elif name not in before:
             lines.append(f"{path} ({field}) is new")
         elif before[name] != after[name]:
-            lines.append(f"{path} ({field}) has changed, sha256 {before[name][:12]}... -> {after[name][:12]}...")
+            lines.append(_changed(path, field, before[name], after[name]))
     return lines
+
+
+def _change_of_file(config: ConfigDict, field: str, before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """`_changes` of a field that names one file, under whatever name."""
+    value = config.data[field.removeprefix("data.")]
+    if list(before.values()) == list(after.values()):
+        return []
+    if not before:
+        return [f"{value} ({field}) is new"]
+    if after:
+        return [_changed(value, field, *before.values(), *after.values())]
+    moved = f"where it has moved, --config.{field}=FILE tells the run"
+    return [f"{value} ({field}) is not the file of the start, {', '.join(before)}; {moved}"]
+
+
+def _changed(path: str | Path, field: str, before: str, after: str) -> str:
+    return f"{path} ({field}) has changed, sha256 {before[:12]}... -> {after[:12]}..."

@@ -65,7 +65,8 @@ def generate(
     for rows in _chunks(requests, batch_size):
         texts = _texts(model, rows, max_new_tokens, batch_size)
         image = None if rows[0].image is None else _image_memory(model, rows, batch_size)
-        ids = _generate(model.bart, model.bart_params, image, *texts, max_new_tokens=max_new_tokens)
+        limits = {"vocab_size": model.bart_text.vocab_size, "max_new_tokens": max_new_tokens}
+        ids = _generate(model.bart, model.bart_params, image, *texts, **limits)
         for row in np.asarray(ids)[: len(rows)]:
             yield model.bart_text.decode(row[row != model.bart_text.pad])
 
@@ -103,7 +104,7 @@ def _image_memory(model: VLKD, rows: list[Request], batch_size: int) -> tuple[de
 
 
 def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) -> np.ndarray:
-    rows = [resize_and_crop(image, model.image_size) for image in images]
+    rows = [resize_and_crop(image, model.teacher.config.preprocessing) for image in images]
     return np.stack(_fill(rows, room))
 
 
@@ -111,16 +112,21 @@ def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) 
 def _project_images(
     student: Student, teacher: Clip, image_tokens: str, params: Params, clip_params: Params, pixels: Array
 ) -> decoding.Memory:
-    output = teacher.apply({"params": clip_params}, normalize_pixels(pixels), method="encode_images")
+    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
+    output = teacher.apply({"params": clip_params}, normalised, method="encode_images")
     tokens = select_tokens(output, image_tokens)
     prefix = student.apply({"params": params}, tokens, method="image_prefix")
     bart = Bart(student.config, dtype=student.dtype)
     return decoding.project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
-def _generate(bart: Bart, params: Params, image, source, context, prefix, max_new_tokens: int) -> Array:
-    """The decoder reads [image or encoded context, if any; encoded source]."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_size", "max_new_tokens"))
+def _generate(
+    bart: Bart, params: Params, image, source, context, prefix, vocab_size: int, max_new_tokens: int
+) -> Array:
+    """The decoder reads [image or encoded context, if any; encoded source] and gives ids below `vocab_size`."""
+    bias = params["final_logits_bias"]  # where every way of decoding meets the embedding rows that no token has
+    params = params | {"final_logits_bias": jnp.where(jnp.arange(bias.shape[-1]) < vocab_size, bias, -jnp.inf)}
     memories = [] if image is None else [decoding.take_rows(*image)]
     for ids, mask in [text for text in (context, source) if text is not None]:
         hidden = bart.apply({"params": params}, ids, mask, method="encode")
@@ -139,7 +145,8 @@ def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_images(teacher: Clip, params: Params, pixels: Array) -> Array:
-    return teacher.apply({"params": params}, normalize_pixels(pixels), method="encode_images").embedding
+    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
+    return teacher.apply({"params": params}, normalised, method="encode_images").embedding
 
 
 def embed_texts(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:

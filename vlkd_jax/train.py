@@ -11,7 +11,7 @@ import functools
 import json
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vlkd_jax import entry, sharding, whitening
-from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax import entry, runtime, sharding, whitening
+from vlkd_jax.checkpoint import Checkpoints, check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
@@ -45,7 +45,7 @@ MAY_CHANGE = (
     *("steps", "log_every", "save_every", "keep", "mesh", "data.threads", "data.max_unusable"),
     *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
 )
-"""Config fields that may differ when a run is resumed."""
+"""Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
 BOUNDS = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
     **dict.fromkeys(("seed", "data.threads", "data.context_length", "eval.every", "eval.questions"), "[0, inf)"),
@@ -73,13 +73,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises:
       UserError: a config, a directory or a record that cannot be used; training that diverged (`entry.Diverged`).
+      Interrupted: Ctrl-C or SIGTERM, in a program that `entry.run` runs.
     """
+    check_directory(workdir)
     check_config(config)
     config, defaults = with_absolute_paths(config), base.get_config().to_dict()
-    inputs = hash_inputs(config)
+    inputs, may_change = hash_inputs(config), MAY_CHANGE
     if any(Path(workdir).glob("checkpoints/step_*")):  # what has saved nothing yet may begin with other files
         check_inputs(Path(workdir), config, inputs)
-    with claim(workdir, json.loads(config.to_json_best_effort()), MAY_CHANGE, defaults) as directory:
+        if "data.replay" in inputs:  # it is a file, and that of the start
+            may_change += ("data.replay",)
+    with claim(workdir, json.loads(config.to_json_best_effort()), may_change, defaults) as directory:
         mesh, task = sharding.make_mesh(config.mesh.data), make_task(config)
         sources = train_sources(config, task)
         optimizer = make_optimizer(config.optim, config.steps, task.new)
@@ -146,6 +150,7 @@ def _meta(config: ConfigDict, task: Task, inputs: Hashes) -> dict[str, Any]:
         "config_version": CONFIG_VERSION,
         "config": json.loads(config.to_json_best_effort()),
         "models": {name: model.to_hf() for name, model in task.configs.items()},
+        "preprocessing": task.configs["clip"].preprocessing.to_hf() if "clip" in task.configs else None,
         "inputs": inputs,
         "steps": config.steps,
     }
@@ -234,13 +239,27 @@ class _Loop:
         self.unusable = UnusableRecords(config.data.max_unusable)
 
     def run(self, state: TrainState, step_function) -> TrainState:
-        """Steps until `config.steps`, or until early stopping."""
+        """Steps until `config.steps`, until early stopping, or until a signal.
+
+        Raises:
+          Interrupted: after Ctrl-C or SIGTERM, once the step under way is saved.
+        """
         config, start = self.config, int(state.step)
         if start >= config.steps or self.stopped.exists():
             say(f"nothing to do: this run is complete at step {start}")
             return state
-        shared = sharding.replicated(self.mesh)
-        step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shared)
+        self._introduce(state, start)
+        progress = Progress(config.steps, config.batch_size, start)
+        if start == 0:
+            self._evaluate(0, state, progress)
+            if self.early_stop.metric:
+                self._save(0, state)
+        step_function = jax.jit(step_function, donate_argnums=0, out_shardings=sharding.replicated(self.mesh))
+        with runtime.deferred() as signal_number:
+            return self._steps(state, step_function, progress, signal_number)
+
+    def _introduce(self, state: TrainState, start: int) -> None:
+        config = self.config
         trained = {name: value for name, value in state.params.items() if name not in self.task.fixed}
         say(
             f"{config.objective}: {count_parameters(trained):,} parameters trained, "
@@ -249,11 +268,11 @@ class _Loop:
         say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
         for line in text_lengths(config, self.task, self.sources):
             say(line)
-        progress = Progress(config.steps, config.batch_size, start)
-        if start == 0:
-            self._evaluate(0, state, progress)
-            if self.early_stop.metric:
-                self._save(0, state)
+
+    def _steps(
+        self, state: TrainState, step_function, progress: Progress, signal_number: Callable[[], int | None]
+    ) -> TrainState:
+        config, start = self.config, progress.last_step
         guard = NanGuard(config.nan_limit)
         stream = train_stream(config, self.task, start, self.unusable, self.sources)
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
@@ -273,6 +292,9 @@ class _Loop:
             due = evaluated if self.early_stop.metric else step % config.save_every == 0 or step == config.steps
             if due:  # with early stopping only states that were evaluated are kept
                 self._save(step, state)
+            if number := signal_number():
+                guard.look(but_last=False)
+                self._interrupt(number, step, state)
             if step == config.steps:
                 break
         self.checkpoints.wait()
@@ -314,6 +336,16 @@ class _Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.checkpoints.save(step, state.parts(), self.meta | {"retention_start": self.early_stop.start})
+
+    def _interrupt(self, number: int, step: int, state: TrainState) -> None:
+        """Raises Interrupted when `step` is saved; with early stopping the last state that was evaluated stands."""
+        if not self.early_stop.metric:
+            self._save(step, state)
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest()
+        raise runtime.Interrupted(
+            number, f"after step {step}; step {kept} is saved, and the same command goes on from there"
+        )
 
     def _last_good(self, step: int, state: TrainState) -> TrainState:
         """The newest checkpoint: the last evaluated state that was within the limit. The run is marked as complete."""

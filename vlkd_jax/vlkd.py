@@ -16,11 +16,11 @@ from vlkd_jax import predict
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
-from vlkd_jax.data.images import open_image
+from vlkd_jax.data.images import open_image, to_rgb
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
-from vlkd_jax.identity import check_inputs, hash_inputs
+from vlkd_jax.identity import MODELS, check_inputs, hash_inputs, read_inputs
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig
@@ -49,7 +49,6 @@ class VLKD:
       teacher, clip_params: CLIP; clip_text: its tokenizer; None where there is only a BART.
       configs: "bart" and "clip", as their directories have them.
       image_tokens: which of the teacher's image tokens the student reads.
-      image_size: pixels a side that the teacher reads.
       identity: where it comes from: {"directory", "step", "inputs": sha256 of the files it began with}.
     """
 
@@ -63,7 +62,6 @@ class VLKD:
     clip_params: Params | None = None
     clip_text: ClipText | None = None
     image_tokens: str = "projected"
-    image_size: int = 0
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -88,19 +86,27 @@ class VLKD:
             clip_params=frozen["clip"],
             clip_text=task.encoder.clip_text,
             image_tokens=task.image_tokens,
-            image_size=task.encoder.image_size,
             **common,
         )
 
     @classmethod
-    def from_run(cls, directory: str | Path, at_start: bool = False) -> VLKD:
+    def from_run(
+        cls,
+        directory: str | Path,
+        at_start: bool = False,
+        clip: str | Path | None = None,
+        bart: str | Path | None = None,
+    ) -> VLKD:
         """The student of a training run's newest checkpoint; with `at_start` as it was before the first step.
 
+        Args:
+          clip, bart: where the models of the run's start lie now, if not where it found them.
+
         Raises:
-          UserError: no run there, no checkpoint yet, the models it names have moved or changed, or the run is not of
-            objective vlkd.
+          UserError: no run there, no checkpoint yet, the models have moved or changed, or the run is not of objective
+            vlkd.
         """
-        task, params, step = load_run(directory)
+        task, params, step = load_run(directory, clip, bart)
         if task.teacher is None:
             raise UserError(f"{directory}: that run trains no student; give a run of objective vlkd")
         shared = replicated(make_mesh(1))
@@ -108,7 +114,7 @@ class VLKD:
             set_at_start = {name: value for name, value in params.items() if name in task.fixed}
             params, step = task.load_params(shared) | set_at_start, 0
         identity = {"directory": str(Path(directory).absolute()), "step": step}
-        identity["inputs"] = hash_inputs(run_config(directory))
+        identity["inputs"] = read_inputs(Path(directory))
         return cls.of(task, params, task.load_frozen(shared), identity)
 
     def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
@@ -149,7 +155,7 @@ class VLKD:
 def open_picture(picture: Picture) -> Image.Image | np.ndarray:
     """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read."""
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return to_rgb(picture)
     return picture if isinstance(picture, np.ndarray) else open_image(picture)
 
 
@@ -157,18 +163,24 @@ def run_config(directory: str | Path) -> ConfigDict:
     """The configuration of a training run. Raises UserError when there is none."""
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{directory}: no {CONFIG_FILE} there; --checkpoint is the --workdir of a training run")
+        raise UserError(f"{directory}: no {CONFIG_FILE} there; it is no --workdir of a training run")
     return ConfigDict(with_defaults(read_json(path)))
 
 
-def load_run(directory: str | Path) -> tuple[Task, Params, int]:
+def load_run(
+    directory: str | Path, clip: str | Path | None = None, bart: str | Path | None = None
+) -> tuple[Task, Params, int]:
     """(task, trained parameters, step) of a training run's newest checkpoint; its optimizer is not read.
+
+    Args:
+      clip, bart: where the models of the run's start lie now, if not where it found them.
 
     Raises:
       UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
     """
     config = run_config(directory)
-    check_inputs(Path(directory), config, hash_inputs(config))
+    config.update({name: str(place) for name, place in (("clip", clip), ("bart", bart)) if place})
+    check_inputs(Path(directory), config, hash_inputs(config, MODELS), MODELS)
     task, shared = make_task(config), replicated(make_mesh(1))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), task.abstract()[0])
     with Checkpoints(Path(directory) / "checkpoints") as checkpoints:

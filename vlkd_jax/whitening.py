@@ -37,7 +37,8 @@ def estimate(task: Task, clip_params: Params, stream: Iterator[Batch], mesh: jax
     def sums(
         params: Params, pixels: UInt8[Array, "B height width 3"]
     ) -> tuple[Float32[Array, " D"], Float32[Array, "D D"]]:
-        output = task.teacher.apply({"params": params}, normalize_pixels(pixels), method="encode_images")
+        normalised = normalize_pixels(pixels, task.teacher.config.preprocessing)
+        output = task.teacher.apply({"params": params}, normalised, method="encode_images")
         tokens = select_tokens(output, task.image_tokens).astype(jnp.float32)
         outer = jnp.einsum("bnd,bne->de", tokens, tokens, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(tokens, (0, 1)) / tokens.shape[1], outer / tokens.shape[1]

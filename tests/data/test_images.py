@@ -1,6 +1,7 @@
 """Pixels against Hugging Face's PIL processor, every kind of picture a folder may hold, and every kind of damage."""
 
 import io
+import json
 import subprocess
 import sys
 import zlib
@@ -11,7 +12,8 @@ from PIL import Image
 
 from vlkd_jax.data.images import check_header, open_image, resize_and_crop
 from vlkd_jax.errors import UserError
-from vlkd_jax.models.clip import MEAN, STD, normalize_pixels
+from vlkd_jax.models.clip import normalize_pixels
+from vlkd_jax.models.configs import RESAMPLES, Preprocessing
 
 SIZES = [
     (224, 224),
@@ -40,30 +42,57 @@ def to_bytes(image, kind, **options):
     return stream.getvalue()
 
 
-def pixels(source, size=224):
-    return np.asarray(normalize_pixels(resize_and_crop(open_image(source), size)))
+def pixels(source, preprocessing):
+    return np.asarray(normalize_pixels(resize_and_crop(open_image(source), preprocessing), preprocessing))
+
+
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+SETTINGS = {
+    "openai": (224, {}),
+    "laion": (224, HALF),
+    "one number for all channels": (224, {"image_mean": 0.25, "image_std": 0.4}),
+    "small": (72, {"size": {"shortest_edge": 72}, "crop_size": {"height": 72, "width": 72}}),
+    "as old files write it": (96, {"size": 96, "crop_size": 96, "do_convert_rgb": None, "do_pad": None}),
+    "larger than the crop": (96, {"size": {"shortest_edge": 131}, "crop_size": 96}),
+    "smaller than the crop": (97, {"size": {"shortest_edge": 60}, "crop_size": 97}),
+    "squashed": (72, HALF | {"size": {"height": 72, "width": 72}, "do_center_crop": False}),
+    "squashed, an int": (72, {"size": 72, "default_to_square": True, "do_center_crop": False}),
+    "squashed and cropped": (50, {"size": [80, 61], "crop_size": [50, 50]}),
+    "only cropped": (81, {"do_resize": False, "crop_size": 81}),
+    "not normalised": (72, {"size": 72, "crop_size": 72, "do_normalize": False, "rescale_factor": 1 / 127.5}),
+    "to minus one": (72, {"size": 72, "crop_size": 72, "rescale_factor": 1 / 127.5, "image_mean": 1, "image_std": 1}),
+    **{name: (72, {"size": 72, "crop_size": 72, "resample": k} | HALF) for k, name in enumerate(RESAMPLES)},
+}
+"""(image size of the model, what preprocessor_config.json says) by what is special about it."""
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("size", [224, 72])
-def test_pixels_are_those_of_hugging_face(rng, size):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_pixels_are_those_of_hugging_face(rng, setting):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    size, values = SETTINGS[setting]
+    ours = Preprocessing.from_hf(values, size, "file")
+    again = ours.to_hf()
+    assert Preprocessing.from_hf(json.loads(json.dumps(again)), size, "file") == ours
+    processors = [CLIPImageProcessorPil(**written) for written in (values, again)]
     for shape in [*SIZES, *rng.integers(20, 400, (6, 2)).tolist()]:
         for kind in ("PNG", "JPEG"):
             data = to_bytes(Image.fromarray(smooth(rng, *shape)), kind)
-            ours = pixels(data, size)
-            theirs = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-            assert ours.shape == theirs.shape == (size, size, 3) and ours.dtype == np.float32
-            assert np.abs(ours - theirs).max() < 2e-6
+            read = pixels(data, ours)
+            assert read.shape == (size, size, 3) and read.dtype == np.float32
+            for processor in processors:
+                theirs = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
+                assert np.abs(read - theirs.transpose(1, 2, 0)).max() < 1e-6
 
 
-def test_normalise_is_clips(rng):
-    picture = rng.integers(0, 256, (5, 4, 3), np.uint8)
-    expected = (picture / 255.0 - MEAN.astype(np.float64)) / STD
-    np.testing.assert_allclose(normalize_pixels(picture), expected, atol=2e-6)
-    assert normalize_pixels(picture).dtype == np.float32
+@pytest.mark.parametrize("values", [{}, HALF])
+def test_normalise_is_right_for_every_value(values):
+    preprocessing = Preprocessing.from_hf(values, 224, "file")
+    picture = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    expected = (picture / 255 - np.float64(preprocessing.mean)) / np.float64(preprocessing.std)
+    np.testing.assert_allclose(normalize_pixels(picture, preprocessing), expected, atol=1e-6)
+    assert normalize_pixels(picture, preprocessing).dtype == np.float32
 
 
 def test_arrays_and_files_go_the_same_way(rng, tmp_path):
@@ -72,9 +101,10 @@ def test_arrays_and_files_go_the_same_way(rng, tmp_path):
     data = (tmp_path / "a.png").read_bytes()
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), data):
         np.testing.assert_array_equal(np.asarray(open_image(source)), picture)
-    np.testing.assert_array_equal(resize_and_crop(picture, 48), resize_and_crop(open_image(data), 48))
+    as_array, as_file = (resize_and_crop(source, Preprocessing(48, 48)) for source in (picture, open_image(data)))
+    np.testing.assert_array_equal(as_array, as_file)
     square = smooth(rng, 48, 48)
-    np.testing.assert_array_equal(resize_and_crop(square, 48), square)
+    np.testing.assert_array_equal(resize_and_crop(square, Preprocessing(48, 48)), square)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -155,7 +185,7 @@ def test_sixteen_bits_keep_their_shades(kind):
 def test_strips_do_not_become_huge(rng):
     """A picture of 1 x 20,000 enlarged to 224 pixels across would take 3 GB."""
     for shape in ((1, 20_000), (20_000, 1), (2, 4001)):
-        resized = resize_and_crop(Image.fromarray(smooth(rng, *shape)), 224)
+        resized = resize_and_crop(Image.fromarray(smooth(rng, *shape)), Preprocessing(224, 224))
         assert resized.shape == (224, 224, 3)
 
 
@@ -181,7 +211,7 @@ CHILD = """
 import resource, sys
 from vlkd_jax.data.images import open_image
 from vlkd_jax.errors import UserError
-from vlkd_jax.models.clip import MEAN, STD, normalize_pixels
+from vlkd_jax.models.clip import normalize_pixels
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     open_image(sys.argv[1])

@@ -16,7 +16,7 @@ from vlkd_jax.data.sources import Record, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.models.configs import ClipTextConfig
+from vlkd_jax.models.configs import ClipTextConfig, Preprocessing
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.shapes.world import SPLITS
@@ -38,7 +38,7 @@ class Numbers:
 def encoders(assets):
     """(for pictures and captions, for texts) with the tiny tokenizers."""
     bart, clip = BartText(assets / "bart"), ClipText(assets / "clip")
-    pairs = Encoder(clip, 40, bart, 40, 40, image_size=24)
+    pairs = Encoder(clip, 40, bart, 40, 40, preprocessing=Preprocessing(24, 24))
     return pairs, Encoder(bart_text=bart, text_length=40, source_length=64, context_length=40)
 
 
@@ -175,7 +175,7 @@ def test_long_texts(assets):
 
 def test_texts_may_fill_their_room(encoders):
     """To the last token; one more is refused, or cut."""
-    encode, rng = dataclasses.replace(encoders[0], image_size=None), np.random.default_rng(0)
+    encode, rng = dataclasses.replace(encoders[0], preprocessing=None), np.random.default_rng(0)
     record = Record("a large red circle", context="a small blue square", prompt="a large")
     bart, clip = encode.bart_text, encode.clip_text
     room = {
@@ -198,7 +198,7 @@ def test_texts_may_fill_their_room(encoders):
 
 def test_lengths_and_limits_are_those_of_the_rows(encoders):
     """Each vocabulary's where it is read, and the whole caption's also where it does not fit."""
-    encode, source = dataclasses.replace(encoders[0], image_size=None), ShapesPairs(0, "train")
+    encode, source = dataclasses.replace(encoders[0], preprocessing=None), ShapesPairs(0, "train")
     only = dataclasses.replace(encode, bart_text=None), dataclasses.replace(encode, clip_text=None)
     for record in (source[k] for k in range(20)):
         row = encode(record, np.random.default_rng(0))

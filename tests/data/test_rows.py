@@ -10,6 +10,7 @@ from PIL import Image
 from vlkd_jax.data.pipeline import Encoder, batches
 from vlkd_jax.data.sources import FolderPairs, Subset, TextLines
 from vlkd_jax.data.text import BartText
+from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.shapes.suite import scene_match
@@ -107,7 +108,7 @@ def test_pictures_meet_their_captions_in_batches(pictures, assets):
     path = pictures / "captions.tsv"
     path.write_text("\n".join(f"{k}.png\t{c}" for k, c in PAIRS))
     text = BartText(assets / "bart")
-    encode = Encoder(bart_text=text, image_size=8)
+    encode = Encoder(bart_text=text, preprocessing=Preprocessing(8, 8))
     source, rng = FolderPairs(path, pictures), np.random.default_rng(0)
     grey = {k: encode(source[n], rng)["pixels"].mean() for n, (k, _) in enumerate(PAIRS)}
     assert sorted(grey, key=grey.get) == list(range(6))

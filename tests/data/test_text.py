@@ -1,6 +1,8 @@
 """Tokenizers against known answers, text that must never become a special token, and BART's text infilling."""
 
 import collections
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +87,90 @@ def test_templates(texts):
     assert bart.encode_template("<mask>") == [bart.mask]
     assert bart.encode_template("<mask> of <mask>") == [bart.mask, *bart.encode(" of"), bart.mask]
     assert bart.encode_template("say {q}", q="{braces} {0}") == bart.encode("say {braces} {0}")
+
+
+USES = {
+    "cut": {"truncation": True, "max_length": 4},
+    "cut from the left": {"truncation": True, "max_length": 5, "stride": 1},
+    "padded to a length": {"padding": "max_length", "max_length": 60},
+    "padded to a multiple": {"padding": True, "pad_to_multiple_of": 32},
+    "both": {"truncation": True, "padding": "max_length", "max_length": 7},
+}
+"""Arguments of a tokenizer's last use before it is saved, by what they do."""
+PIECES = ["large", "Red", "circle", "at", "'s", "naïve", "東京", "3,000", "?", "<mask>", "</s>", "<pad>", "  ", "\n"]
+
+
+def kind_of(name):
+    from transformers import BartTokenizer, CLIPTokenizer
+
+    return {"bart": (BartText, BartTokenizer), "clip": (ClipText, CLIPTokenizer)}[name]
+
+
+def same_as_transformers(name, changed, original, rng):
+    """Ids from the directory `changed` against transformers', which sets truncation and padding at every call."""
+    kind, reference = kind_of(name)
+    text, theirs = kind(changed), [reference.from_pretrained(str(d)) for d in (original, changed)]
+    for length in rng.integers(0, 60, 20):
+        caption = " ".join(rng.choice(PIECES, size=length))
+        for tokenizer in theirs:
+            ids = tokenizer(caption, add_special_tokens=name == "clip", split_special_tokens=True)["input_ids"]
+            assert text.encode(caption) == ids
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["bart", "clip"])
+def test_what_the_last_use_left_behind_changes_nothing(assets, tmp_path, rng, name, use):
+    tokenizer = kind_of(name)[1].from_pretrained(str(assets / name), padding_side="left", truncation_side="left")
+    tokenizer(["a large red circle at top left", "a circle"], **USES[use])
+    tokenizer.save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] or saved["padding"]
+    same_as_transformers(name, tmp_path, assets / name, rng)
+
+
+OTHER_STATE = {
+    "template": {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+    "lower case": {"normalizer": {"type": "Lowercase"}},
+    "pre-tokenizer": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+}
+"""Fields of tokenizer.json that a model of this kind has of its own."""
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("state", [*OTHER_STATE, "ordinary tokens", "greedy tokens", "dropout", "model_max_length"])
+@pytest.mark.parametrize("name", ["bart", "clip"])
+def test_other_saved_state_gives_what_transformers_gives(assets, tmp_path, rng, name, state):
+    changed = shutil.copytree(assets / name, tmp_path / name)
+    values = json.loads((changed / "tokenizer.json").read_text()) | OTHER_STATE.get(state, {})
+    for token in values["added_tokens"]:
+        token |= {"ordinary tokens": {"special": False}}.get(state, {})
+        token |= {"greedy tokens": {"lstrip": True, "rstrip": True, "normalized": True}}.get(state, {})
+    values["model"]["dropout"] = 0.9 if state == "dropout" else None
+    (changed / "tokenizer.json").write_text(json.dumps(values))
+    if state == "model_max_length":
+        settings = json.loads((changed / "tokenizer_config.json").read_text())
+        (changed / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 5}))
+    same_as_transformers(name, changed, assets / name, rng)
+
+
+@pytest.mark.parity
+def test_a_space_put_before_every_text_is_the_directorys_choice(assets, tmp_path, rng):
+    changed = shutil.copytree(assets / "bart", tmp_path / "bart")
+    settings = json.loads((changed / "tokenizer_config.json").read_text())
+    (changed / "tokenizer_config.json").write_text(json.dumps(settings | {"add_prefix_space": True}))
+    assert BartText(changed).encode("a circle") == BartText(assets / "bart").encode(" a circle")
+    same_as_transformers("bart", changed, changed, rng)
+
+
+def test_decoded_text_keeps_its_spaces(assets, tmp_path):
+    changed = shutil.copytree(assets / "bart", tmp_path / "bart")
+    settings = json.loads((changed / "tokenizer_config.json").read_text())
+    clean = "clean_up_tokenization_spaces"
+    settings |= {clean: True, f"{clean}_for_bpe_even_though_it_will_corrupt_output": True}
+    (changed / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = BartText(changed)
+    assert text.decode(text.encode("it 's a dog , ok ?")) == "it 's a dog , ok ?"
 
 
 def test_directories_without_a_tokenizer(tmp_path, assets):

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import load_bart, load_clip
+from vlkd_jax.hf.load import files_read, load_bart, load_clip
 
 EMBEDDING = "model.shared.weight"
 
@@ -133,6 +133,94 @@ def test_every_misfit_is_named_in_one_error(bart_copy):
         "model.decoder.embed_tokens.weight differs from model.shared.weight",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("kind", ["bart", "bart without model.", "clip"])
+def test_what_torch_puts_before_every_name_is_passed_over(tiny_bart, tiny_clip, tmp_path, capsys, wrapper, kind):
+    """A state dict as `torch.compile` and `DataParallel` leave it, in shards."""
+    reference, load = (tiny_clip, load_clip) if kind == "clip" else (tiny_bart, load_bart)
+    expected = load(reference.directory)[1]
+    shutil.copyfile(reference.directory / "config.json", tmp_path / "config.json")
+    tensors = load_file(reference.directory / "model.safetensors")
+    if kind == "bart without model.":
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    shards = {f"part-{k}.safetensors": dict(list(tensors.items())[k::2]) for k in (0, 1)}
+    for file, part in shards.items():
+        save_file({wrapper + name: value for name, value in part.items()}, tmp_path / file)
+    places = {wrapper + name: file for file, part in shards.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    same(load(tmp_path)[1], expected)
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path}: every weight's name begins with {wrapper}, which is passed over\n"
+
+
+def test_a_prefix_of_some_names_only_is_a_misfit(bart_copy):
+    edit(bart_copy, lambda tensors: tensors.update({"module." + EMBEDDING: tensors.pop(EMBEDDING)}))
+    with pytest.raises(UserError, match=r"missing: model\.shared\.weight; unused: module\.model\.shared\.weight\."):
+        load_bart(bart_copy)
+
+
+@pytest.mark.parametrize("kind", ["bart", "clip"])
+def test_lists_of_misfits_are_short(bart_copy, clip_copy, kind):
+    """An unknown prefix on every name; then every tensor of another shape."""
+    directory, load = (bart_copy, load_bart) if kind == "bart" else (clip_copy, load_clip)
+    count = len(load_file(directory / "model.safetensors"))
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors["student.net." + name] = tensors.pop(name)
+
+    def restore(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("student.net.")] = np.zeros((1, *tensors.pop(name).shape), np.float32)
+
+    edit(directory, rename)
+    with pytest.raises(UserError) as error:
+        load(directory)
+    message = str(error.value)
+    assert message.count("student.net.") == 5 and f" and {count - 5} more" in message and len(message) < 1200
+    edit(directory, restore)
+    with pytest.raises(UserError) as error:
+        load(directory)
+    message = str(error.value)
+    assert message.count("config.json asks for") == 5 and f" and {count - 5} more" in message and "\n" not in message
+
+
+MERGE = r"an adapter .*not a whole model; merge it into its model first: .*merge_and_unload"
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_alone_has_to_be_merged(bart_copy, clip_copy, file, with_config):
+    for directory, load in ((bart_copy, load_bart), (clip_copy, load_clip)):
+        (directory / "model.safetensors").unlink()
+        (directory / file).write_bytes(b"")
+        (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        if not with_config:
+            (directory / "config.json").unlink()
+        for use in (load, files_read):
+            with pytest.raises(UserError, match=rf"{directory}/adapter_config\.json: {MERGE}"):
+                use(directory)
+
+
+@pytest.mark.parametrize("wrapper", ["base_model.model.", "_orig_mod.base_model.model.", ""])
+def test_weights_with_an_adapter_in_them_have_to_be_merged(bart_copy, wrapper):
+    def wrap(tensors):
+        for name in list(tensors):
+            value = tensors.pop(name)
+            if name.endswith("q_proj.weight"):
+                stem = wrapper + name.removesuffix("weight")
+                tensors[f"{stem}lora_A.default.weight"] = np.zeros((2, value.shape[1]), np.float32)
+                tensors[f"{stem}lora_B.default.weight"] = np.zeros((value.shape[0], 2), np.float32)
+                name = name.replace("q_proj.", "q_proj.base_layer.")
+            tensors[wrapper + name] = value
+
+    edit(bart_copy, wrap)
+    with pytest.raises(UserError, match=MERGE) as error:
+        load_bart(bart_copy)
+    message = str(error.value)
+    assert "\n" not in message and " more)" in message and len(message) < 1000
 
 
 def test_a_config_of_another_depth_names_the_layers(clip_copy):

@@ -1,8 +1,9 @@
-"""Pixels for CLIP: decode, resize the short side (bicubic), centre crop. One path for training and use."""
+"""Pixels for CLIP: decode, resize, centre crop, as the model says. One path for training and use."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlkd_jax.errors import RecordError
+from vlkd_jax.models.configs import Preprocessing
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused before they are decoded."""
@@ -30,17 +32,21 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """
     image = check_header(source)
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "P", "PA"):
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(ground, image)
-        elif image.mode.startswith("I") or image.mode == "F":  # 16-bit and deeper: Pillow's own conversion clips
-            deep = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
-            image = Image.fromarray((deep / max(deep.max(), 65535 if deep.max() > 255 else 255) * 255).astype(np.uint8))
-        return image.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
     except Exception as e:  # Pillow's decoders raise nearly anything for damaged data
         raise _damaged(source, e) from e
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB; transparency lies on white."""
+    if image.mode in ("RGBA", "LA", "P", "PA"):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    elif image.mode.startswith("I") or image.mode == "F":  # 16-bit and deeper: Pillow's own conversion clips
+        deep = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+        image = Image.fromarray((deep / max(deep.max(), 65535 if deep.max() > 255 else 255) * 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _damaged(source: str | Path | bytes, error: Exception) -> RecordError:
@@ -92,18 +98,22 @@ def check_picture(path: str | Path) -> None:
         open_image(path)
 
 
-def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """Short side to `size` (bicubic), centre crop: CLIP's evaluation transform. Returns uint8 [size, size, 3]."""
+def resize_and_crop(image: Image.Image | np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """An RGB picture (uint8, if it is an array) resized and cropped: uint8 [size, size, 3], not normalised yet.
+
+    Source: transformers' `CLIPImageProcessorPil`.
+    """
     if isinstance(image, np.ndarray):
-        if image.shape == (size, size, 3):
-            return image
         image = Image.fromarray(image)
-    short = min(image.size)
-    image = _middle(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
-    width, height = image.size
-    if short != size:
-        new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-        image = image.resize(new, Image.Resampling.BICUBIC)
+    size, resize = preprocessing.size, preprocessing.resize
+    if isinstance(resize, int):
+        short = min(image.size)
+        longest = short * max(MAX_ASPECT, math.ceil(size / resize))
+        image = _middle(image, min(image.width, longest), min(image.height, longest))
+        width, height = image.size
+        resize = (resize, int(resize * width / height)) if height < width else (int(resize * height / width), resize)
+    if resize is not None:
+        image = image.resize(resize[::-1], Image.Resampling(preprocessing.resample))
     return np.asarray(_middle(image, size, size))
 
 

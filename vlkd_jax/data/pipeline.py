@@ -16,6 +16,7 @@ from vlkd_jax.data.sources import Record, counted
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.metrics import say
+from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.types import Batch
 
 TRIES = 100
@@ -39,7 +40,7 @@ class Encoder:
       clip_text, clip_length: the teacher's tokenizer and its positions.
       bart_text: the student's tokenizer.
       text_length, source_length, context_length: tokens a row has room for (L, S, C); context 0: none.
-      image_size: pixels a side.
+      preprocessing: how pictures become pixels.
       truncate: cut texts that are too long instead of raising.
 
     Raises (on a call):
@@ -52,14 +53,14 @@ class Encoder:
     text_length: int = 64
     source_length: int = 64
     context_length: int = 0
-    image_size: int | None = None
+    preprocessing: Preprocessing | None = None
     corruption: Corruption = Corruption()
     truncate: bool = False
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        if self.image_size:
-            row["pixels"] = resize_and_crop(self._open(record), self.image_size)
+        if self.preprocessing:
+            row["pixels"] = resize_and_crop(self._open(record), self.preprocessing)
         if self.clip_text:
             ids = self._fit(self.clip_text.encode(record.text), self.clip_length, record, "CLIP's")
             self._put(row, "clip", ids, self.clip_length, self.clip_text.pad)

@@ -157,7 +157,7 @@ def text_lengths(config: ConfigDict, task: Task, sources: tuple[Any, Any]) -> li
 
 def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str:
     faults, lengths, rng = [], [], np.random.default_rng(0)
-    encode = dataclasses.replace(encode, image_size=None)  # pictures are not decoded for this
+    encode = dataclasses.replace(encode, preprocessing=None)  # pictures are not decoded for this
     chosen = range(0, len(source), -(-len(source) // LENGTHS_OF))
     for index in chosen:
         try:

@@ -32,7 +32,7 @@ class BartText:
         if missing:
             raise UserError(f"{directory}: the tokenizer has no {', '.join(missing)}; point bart at a BART directory")
         self.bos, self.pad, self.eos, self.mask = ids["bos"], ids["pad"], ids["eos"], ids["mask"]
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = _number_of_ids(self._tokenizer)
         self._backend = _plain_text_backend(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -58,7 +58,9 @@ class BartText:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are dropped."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+        # cleaning up is a directory's choice otherwise, and takes spaces out of the text ("ok ?" would become "ok?")
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self._tokenizer.decode([int(i) for i in ids], **options).strip()
 
 
 class ClipText:
@@ -75,7 +77,7 @@ class ClipText:
         self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad = self.eos if pad is None else pad
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = _number_of_ids(self._tokenizer)
         self._backend = _plain_text_backend(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -99,10 +101,20 @@ def _load(kind: type, directory: str | Path):
         raise UserError(f"{directory}: the tokenizer cannot be read ({e}); copy its files again") from e
 
 
+def _number_of_ids(tokenizer) -> int:
+    """One more than the largest id; ids that were left out count, so that every id has an embedding row."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def _plain_text_backend(tokenizer):
-    """The fast tokenizer beneath, set to read special tokens in a text as plain characters."""
+    """The fast tokenizer beneath, set to read special tokens in a text as plain characters, and the whole text.
+
+    tokenizer.json keeps the truncation and the padding of its last use before it was saved.
+    """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
     return backend
 
 

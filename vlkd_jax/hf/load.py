@@ -1,5 +1,6 @@
 """Read CLIP and BART directories in Hugging Face format: every tensor used, none missing, all shapes right."""
 
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -11,16 +12,23 @@ import safetensors
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import names
-from vlkd_jax.models.configs import BartConfig, ClipConfig
+from vlkd_jax.metrics import say
+from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+ADAPTER = "adapter_config.json"
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and torch's data parallelism put before every name."""
+ADAPTER_WRAPPER = "base_model.model."
 TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # Tensors Hugging Face files carry beside the parameters.
@@ -31,9 +39,23 @@ CLIP_POSITION_IDS = ("text_model.embeddings.position_ids", "vision_model.embeddi
 
 
 def read_clip_config(directory: str | pathlib.Path) -> ClipConfig:
-    """The configuration of a `CLIPModel` directory; no weights are read. Raises UserError when it cannot be used."""
-    path = _directory(directory) / CONFIG
-    return ClipConfig.from_hf(_read_json(path), str(path))
+    """The configuration of a `CLIPModel` directory; no weights are read.
+
+    Its preprocessing is that of processor_config.json, or else of preprocessor_config.json, as transformers chooses;
+    where there is neither, OpenAI's. Raises UserError when a file cannot be used.
+    """
+    directory = _directory(directory)
+    config = ClipConfig.from_hf(_read_json(directory / CONFIG), str(directory / CONFIG))
+    return dataclasses.replace(config, preprocessing=_read_preprocessing(directory, config.vision.image_size))
+
+
+def _read_preprocessing(directory: pathlib.Path, image_size: int) -> Preprocessing | None:
+    path = directory / PROCESSOR
+    whole = _read_json(path) if path.is_file() else None
+    if isinstance(whole, dict) and whole.get("image_processor") is not None:
+        return Preprocessing.from_hf(whole["image_processor"], image_size, str(path), "image_processor.")
+    path = directory / PREPROCESSOR
+    return Preprocessing.from_hf(_read_json(path), image_size, str(path)) if path.is_file() else None
 
 
 def read_bart_config(directory: str | pathlib.Path) -> BartConfig:
@@ -91,8 +113,8 @@ def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
 
 
 def files_read(directory: pathlib.Path) -> list[str]:
-    """Names of the files that a model and its tokenizer are read from, those of `directory` that are there."""
-    names_read = (CONFIG, GENERATION, *_weight_files(directory), *TOKENIZER_FILES)
+    """Names of the files that a model, its tokenizer and its preprocessing are read from, those that are there."""
+    names_read = (CONFIG, GENERATION, *_weight_files(directory), *TOKENIZER_FILES, PREPROCESSOR, PROCESSOR)
     names_read += () if (directory / WEIGHTS).is_file() else (INDEX,)
     return [name for name in names_read if (directory / name).is_file()]
 
@@ -109,14 +131,23 @@ def _directory(directory: str | pathlib.Path) -> pathlib.Path:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not a directory; give one in Hugging Face format (config.json, {WEIGHTS})")
+    if (directory / ADAPTER).is_file() and not (directory / CONFIG).is_file():
+        raise UserError(_merge_first(directory / ADAPTER))
     return directory
+
+
+def _merge_first(place: pathlib.Path) -> str:
+    return (
+        f"{place}: an adapter (LoRA or another of peft), not a whole model; merge it into its model first: load both "
+        "with peft, then `merge_and_unload().save_pretrained(DIR)`, and give DIR"
+    )
 
 
 def _read_json(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a directory in Hugging Face format (config.json, {WEIGHTS})")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); restore the original file") from error
 
@@ -126,12 +157,12 @@ class _Tensors:
 
     def __init__(self, directory: pathlib.Path, canonical: Callable[[str], str] = str):
         self.directory = directory
-        self.opened: dict[str, Any] = {}
+        self.opened = {file: _open(directory / file) for file in _weight_files(directory)}
         self.files: dict[str, tuple[str, str]] = {}  # name -> (file, name in the file)
-        for file in _weight_files(directory):
-            self.opened[file] = _open(directory / file)
-            for stored in self.opened[file].keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                name = canonical(stored)
+        wrapper = _wrapper(directory, [name for handle in self.opened.values() for name in handle.keys()])  # noqa: SIM118
+        for file, handle in self.opened.items():
+            for stored in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                name = canonical(stored.removeprefix(wrapper))
                 if name in self.files:
                     other = "/".join(self.files[name])
                     raise UserError(f"{directory / file}: {stored} is the same tensor as {other}; keep one of the two")
@@ -166,6 +197,20 @@ class _Tensors:
         self.files[new] = self.files.pop(old)
 
 
+def _wrapper(directory: pathlib.Path, stored: list[str]) -> str:
+    """What stands before every name and is no part of it; said in one line where there is something."""
+    wrapper = ""
+    while inner := [name for name in WRAPPERS if stored and all(n.startswith(wrapper + name) for n in stored)]:
+        wrapper += inner[0]
+    if wrapper:
+        say(f"{directory}: every weight's name begins with {wrapper}, which is passed over")
+    inside = [name.removeprefix(wrapper) for name in stored]
+    in_adapter = [name for name in inside if name.startswith(ADAPTER_WRAPPER) or ".lora_" in name]
+    if in_adapter:
+        raise UserError(_merge_first(directory) + f" (the weights are named {names.few(in_adapter)})")
+    return wrapper
+
+
 def _open(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
@@ -194,6 +239,8 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
 
 def _no_weights(directory: pathlib.Path) -> str:
     """Why there is nothing to read, with the command that converts what is there."""
+    if (directory / ADAPTER).is_file() and not any(directory.glob("pytorch_model*")):
+        return _merge_first(directory / ADAPTER)
     for pattern in ("*.bin", "*.pt", "*.pth"):
         files = sorted(path.name for path in directory.glob(pattern) if path.name not in TRAINER_FILES)
         if files:
@@ -246,16 +293,19 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
     missing = sorted(name for name in wanted if name not in tensors and name not in optional)
     unused = sorted(name for name in tensors.files if name not in wanted)
     if missing:
-        yield "missing: " + ", ".join(missing)
+        yield "missing: " + names.few(missing)
     if unused:
-        yield "unused: " + ", ".join(tensors.files[name][1] for name in unused)
+        yield "unused: " + names.few([tensors.files[name][1] for name in unused])
+    unfit = []
     for name, shape in wanted.items():
         if name in tensors:
             dtype, stored = tensors.header(name)
             if stored != shape:
-                yield f"{name} is {list(stored)}, {CONFIG} asks for {list(shape)}"
+                unfit.append(f"{name} is {list(stored)}, {CONFIG} asks for {list(shape)}")
             elif dtype not in FLOATS:
-                yield f"{name} holds {dtype}, not floating-point numbers"
+                unfit.append(f"{name} holds {dtype}, not floating-point numbers")
+    if unfit:
+        yield names.few(unfit, "; ")
 
 
 def _assemble(config, tensors: _Tensors, complaints: list[str], defaults: dict | None = None) -> dict:

@@ -128,6 +128,11 @@ def parameter_shapes(config: ClipConfig | BartConfig) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
+def few(phrases: list[str], separator: str = ", ") -> str:
+    """At most five of what is to be said, and how many more there are."""
+    return separator.join(phrases[:5]) + (f" and {len(phrases) - 5:,} more" if len(phrases) > 5 else "")
+
+
 def leaf(tree: Any, path: Path) -> Any:
     """The value at `path` of a nested dict; KeyError when absent."""
     for name in path:
@@ -147,7 +152,7 @@ def to_hf(rows: list[Row], params: dict) -> dict[str, np.ndarray]:
     known = {row.path for row in rows}
     given = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     if known != given:
-        wrong = ", ".join(sorted(".".join(path) for path in known ^ given))
+        wrong = few(sorted(".".join(path) for path in known ^ given))
         raise ValueError(f"parameters absent from the tree or unknown to the name table: {wrong}")
     tensors = {}
     for row in rows:

@@ -9,17 +9,18 @@ from collections.abc import Callable
 import safetensors.numpy
 
 from vlkd_jax.hf import names
-from vlkd_jax.hf.load import CONFIG, GENERATION, TOKENIZER_FILES, WEIGHTS
+from vlkd_jax.hf.load import CONFIG, GENERATION, PREPROCESSOR, TOKENIZER_FILES, WEIGHTS
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 
 
 def save_clip(directory: str | pathlib.Path, config: ClipConfig, params: dict) -> None:
     """Write a `CLIPModel` directory (created if absent) from a parameter tree of numpy or addressable JAX arrays.
 
-    Tensors are float32 under Hugging Face's names. Each file is written aside and renamed; config.json comes last.
-    ValueError names parameters that the table does not know or that are absent.
+    preprocessor_config.json is written too. Tensors are float32 under Hugging Face's names. Each file is written aside
+    and renamed; config.json comes last. ValueError names parameters that the table does not know or that are absent.
     """
-    _save(pathlib.Path(directory), params, config, {CONFIG: config.to_hf()})
+    texts = {PREPROCESSOR: config.preprocessing.to_hf(), CONFIG: config.to_hf()}
+    _save(pathlib.Path(directory), params, config, texts)
 
 
 def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict) -> None:

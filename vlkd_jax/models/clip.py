@@ -10,7 +10,7 @@ import numpy as np
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
-from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig, Preprocessing
 from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, l2_normalize, layer_norm
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int, UInt8
 
@@ -18,15 +18,16 @@ from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, In
 LEGACY_EOS_TOKEN_ID = 2
 
 
-# Radford et al. 2021's pixel statistics (their preprocessing in openai/CLIP `clip/clip.py`).
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-_SCALE, _SHIFT = (1 / 255 / STD).astype(np.float32), (MEAN / STD).astype(np.float32)
+def normalize_pixels(
+    pixels: UInt8[ArrayLike, "*B height width 3"], preprocessing: Preprocessing
+) -> Float32[Array, "*B height width 3"]:
+    """Pixels of 0 to 255 as the model reads them: scaled, and normalised with its own mean and standard deviation.
 
-
-def normalize_pixels(pixels: UInt8[ArrayLike, "*B height width 3"]) -> Float32[Array, "*B height width 3"]:
-    """With CLIP's mean and standard deviation."""
-    return pixels * jnp.asarray(_SCALE) - jnp.asarray(_SHIFT)
+    Args:
+      preprocessing: static; `Clip.config.preprocessing`.
+    """
+    mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
+    return pixels * jnp.asarray(preprocessing.rescale / std) - jnp.asarray(mean / std)
 
 
 def example_inputs(
@@ -204,7 +205,7 @@ class Clip(nn.Module):
         )
 
     def encode_images(self, pixel_values: Float[ArrayLike, "B height width 3"]) -> ClipImageOutput:
-        """What the image tower gives for images normalised with CLIP's statistics.
+        """What the image tower gives for images as `normalize_pixels` gives them.
 
         Raises UserError when the images are not `image_size` square.
         """

@@ -1,4 +1,7 @@
-"""Sizes of CLIP and BART as frozen dataclasses, read from and written to Hugging Face's config.json."""
+"""CLIP and BART as frozen dataclasses, read from and written to Hugging Face's JSON files.
+
+Their sizes are in config.json, CLIP's way from pictures to pixels in preprocessor_config.json.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,26 @@ BART_DEFAULTS = {
     "forced_eos_token_id": 2,
     "tie_word_embeddings": True,
 }
+# What transformers' CLIPImageProcessor assumes for an absent key (the same in versions 4 and 5).
+PREPROCESSING_DEFAULTS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_pad": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's filters, at the places of their numbers."""
 
 
 class _Fields:
@@ -94,10 +117,33 @@ class _Fields:
             self.fail(name, "true or false")
         return self.values[name]
 
-    def activation(self, name: str) -> str:
-        if self.values.get(name) not in ACTIVATIONS:
-            self.fail(name, "one of " + ", ".join(ACTIVATIONS))
+    def one_of(self, name: str, options: tuple[str, ...]) -> str:
+        if self.values.get(name) not in options:
+            self.fail(name, "one of " + ", ".join(options))
         return self.values[name]
+
+    def three_numbers(self, name: str) -> tuple[float, float, float]:
+        value = self.values.get(name)
+        numbers = value if isinstance(value, list | tuple) else [value] * 3
+        valid = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        if len(numbers) != 3 or not valid or not all(map(math.isfinite, numbers)):
+            self.fail(name, "three numbers, one for each of red, green and blue")
+        return tuple(map(float, numbers))
+
+    def edges(self, name: str, one_is_square: bool) -> int | tuple[int, int]:
+        """An image size in pixels: the length of the short side, or (height, width)."""
+        value = self.values.get(name)
+        if isinstance(value, int):
+            value = [value, value] if one_is_square else {"shortest_edge": value}
+        if isinstance(value, list | tuple) and len(value) == 2:
+            value = dict(zip(("height", "width"), value, strict=True))
+        given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
+        if all(type(length) is int and length > 0 for length in given.values()):
+            if set(given) == {"shortest_edge"}:
+                return given["shortest_edge"]
+            if set(given) == {"height", "width"}:
+                return given["height"], given["width"]
+        self.fail(name, 'a whole number of pixels, {"shortest_edge": ...} or {"height": ..., "width": ...}')
 
     def exactly(self, name: str, wanted: Any, why: str):
         if self.values.get(name) != wanted:
@@ -156,7 +202,7 @@ class ClipVisionConfig:
             num_attention_heads=fields.integer("num_attention_heads"),
             image_size=fields.integer("image_size"),
             patch_size=fields.integer("patch_size"),
-            hidden_act=fields.activation("hidden_act"),
+            hidden_act=fields.one_of("hidden_act", ACTIVATIONS),
             layer_norm_eps=fields.number("layer_norm_eps"),
         )
         if result.patch_size > result.image_size:
@@ -196,7 +242,7 @@ class ClipTextConfig:
             num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=fields.integer("num_attention_heads"),
             max_position_embeddings=fields.integer("max_position_embeddings"),
-            hidden_act=fields.activation("hidden_act"),
+            hidden_act=fields.one_of("hidden_act", ACTIVATIONS),
             layer_norm_eps=fields.number("layer_norm_eps"),
             bos_token_id=fields.optional_integer("bos_token_id"),
             eos_token_id=fields.integer("eos_token_id", 0),
@@ -208,14 +254,107 @@ class ClipTextConfig:
         return {"model_type": "clip_text_model", **dataclasses.asdict(self)}
 
 
+def _resize_before_crop(fields: _Fields, image_size: int) -> int | tuple[int, int] | None:
+    """`Preprocessing.resize`, where a crop of `image_size` follows or changes nothing."""
+    resize = None
+    if fields.boolean("do_resize"):
+        resize = fields.edges("size", one_is_square=fields.boolean("default_to_square"))
+    wanted = f"{image_size} by {image_size}, as config.json's vision_config.image_size says"
+    if not fields.boolean("do_center_crop"):
+        if resize != (image_size, image_size):
+            fields.fail("do_center_crop", f"true, or do_resize true and size {wanted}")
+    elif fields.edges("crop_size", one_is_square=True) != (image_size, image_size):
+        fields.fail("crop_size", wanted)
+    return resize
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the pixels that a CLIP was trained on: resized, cropped, scaled, normalised.
+
+    Attributes:
+      size: pixels a side of the crop from the middle, which is what the image tower reads; a picture that is smaller
+        has black borders.
+      resize: what it is resized to before: the length of its short side, or (height, width); None: left as it is.
+      resample: number of the filter, an index of `RESAMPLES`.
+      rescale, mean, std: a pixel value v of 0 to 255 becomes (v * rescale - mean) / std, by channel.
+    """
+
+    size: int
+    resize: int | tuple[int, int] | None
+    resample: int = PREPROCESSING_DEFAULTS["resample"]
+    rescale: float = PREPROCESSING_DEFAULTS["rescale_factor"]
+    mean: tuple[float, float, float] = PREPROCESSING_DEFAULTS["image_mean"]
+    std: tuple[float, float, float] = PREPROCESSING_DEFAULTS["image_std"]
+
+    @classmethod
+    def from_hf(cls, values: Any, image_size: int, source: str, prefix: str = "") -> Preprocessing:
+        """Read preprocessor_config.json of a `CLIPImageProcessor`; absent keys take Hugging Face's defaults.
+
+        Args:
+          image_size: what the image tower reads, pixels a side.
+          source, prefix: the file and the object in it, for errors.
+
+        Raises:
+          UserError: naming `source` and the field of what is not done here, or does not give `image_size` pixels.
+        """
+        fields = _Fields(values, PREPROCESSING_DEFAULTS, source, prefix)
+        switches = (name for name, default in PREPROCESSING_DEFAULTS.items() if isinstance(default, bool))
+        fields.values |= {name: False for name in switches if fields.values[name] is None}  # as transformers takes null
+        fields.one_of("image_processor_type", PROCESSORS)
+        fields.exactly("do_pad", False, "pictures are cropped to one size")
+        fields.exactly("do_rescale", True, "set rescale_factor to 1 for pixels of 0 to 255")
+        fields.boolean("do_convert_rgb")  # pictures are RGB before they come here, whatever it says
+        if fields.integer("resample", 0) >= len(RESAMPLES):
+            fields.fail("resample", "one of " + ", ".join(f"{k} ({name})" for k, name in enumerate(RESAMPLES)))
+        if fields.number("rescale_factor") == 0:
+            fields.fail("rescale_factor", "above 0")
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if fields.boolean("do_normalize"):
+            mean, std = fields.three_numbers("image_mean"), fields.three_numbers("image_std")
+        if min(std) <= 0:
+            fields.fail("image_std", "three numbers above 0")
+        resize = _resize_before_crop(fields, image_size)
+        return cls(image_size, resize, fields.integer("resample", 0), fields.number("rescale_factor"), mean, std)
+
+    def to_hf(self) -> dict:
+        """A complete preprocessor_config.json for `CLIPImageProcessor`."""
+        size = {"shortest_edge": self.resize}
+        if isinstance(self.resize, tuple):
+            size = dict(zip(("height", "width"), self.resize, strict=True))
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": self.resize is not None,
+            **({} if self.resize is None else {"size": size}),
+            "resample": self.resample,
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": self.rescale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Both towers of CLIP and the joint space: `projection_dim` is E."""
+    """Both towers of CLIP and the joint space: `projection_dim` is E.
+
+    `preprocessing` lies in a file of its own; None, where there is no such file, becomes OpenAI's for `image_size`.
+    """
 
     vision: ClipVisionConfig
     text: ClipTextConfig
     projection_dim: int
     logit_scale_init_value: float = 2.6592
+    preprocessing: Preprocessing | None = None
+
+    def __post_init__(self):
+        if self.preprocessing is None:
+            size = self.vision.image_size
+            object.__setattr__(self, "preprocessing", Preprocessing(size, size))  # how a frozen dataclass sets a field
 
     @classmethod
     def from_hf(cls, config: Any, source: str) -> ClipConfig:
@@ -297,7 +436,7 @@ class BartConfig:
             **{name: fields.number(name, below=1.0) for name in rates},
             **{name: fields.integer(name, 0) for name in ids},
             **{name: fields.optional_integer(name) for name in forced},
-            activation_function=fields.activation("activation_function"),
+            activation_function=fields.one_of("activation_function", ACTIVATIONS),
             scale_embedding=fields.boolean("scale_embedding"),
         )
 

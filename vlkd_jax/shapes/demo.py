@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from vlkd_jax import entry
+from vlkd_jax.checkpoint import check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
 from vlkd_jax.evaluate import circumstances, evaluate, read_items, read_rows
@@ -141,6 +142,7 @@ def _rows(figures: dict[str, Any]) -> list[tuple]:
 
 def main() -> None:
     """Entry point."""
+    check_directory(flags.FLAGS.workdir)
     workdir = output_directory(flags.FLAGS.workdir)
     result = run_demo(workdir, flags.FLAGS.seed, flags.FLAGS.setup_seconds)
     say(table(result))

@@ -24,7 +24,7 @@ def make_task(config: ConfigDict) -> Task:
     return Task(
         module=clip,
         configs={"clip": clip_config},
-        encoder=Encoder(text, clip_config.text.max_position_embeddings, image_size=clip_config.vision.image_size),
+        encoder=Encoder(text, clip_config.text.max_position_embeddings, preprocessing=clip_config.preprocessing),
         terms=functools.partial(clip_terms, clip),
         weights={"itcl": 1.0},
         read_params=lambda: load_clip(model_directory(config.clip))[1],
@@ -35,9 +35,8 @@ def make_task(config: ConfigDict) -> Task:
 
 def clip_terms(clip: Clip, params: Params, frozen: Frozen, batch: Batch, rng: Rng) -> Terms:
     """`itcl` of CLIP's two towers, and `accuracy`: how often a picture's own caption is the nearest of the batch."""
-    image, sentence, scale = clip.apply(
-        {"params": params}, normalize_pixels(batch.pixels), batch.clip_ids, batch.clip_mask
-    )
+    pixels = normalize_pixels(batch.pixels, clip.config.preprocessing)
+    image, sentence, scale = clip.apply({"params": params}, pixels, batch.clip_ids, batch.clip_mask)
     right = jnp.argmax(image @ sentence.T, 1) == jnp.arange(image.shape[0])
     accuracy = jnp.sum(right, dtype=jnp.float32), jnp.float32(image.shape[0])
     return {"itcl": losses.itcl(image, sentence, scale), "accuracy": accuracy}

@@ -74,7 +74,7 @@ def make_task(config: ConfigDict) -> Task:
         encoder=encode(
             clip_text=clip_text,
             clip_length=clip_config.text.max_position_embeddings,
-            image_size=clip_config.vision.image_size,
+            preprocessing=clip_config.preprocessing,
         ),
         terms=functools.partial(distill_terms, distillation),
         weights={name: weight for name, weight in config.loss.to_dict().items() if weight},
@@ -135,7 +135,8 @@ def _read_frozen(config: ConfigDict, pull: bool) -> Frozen:
 def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> TeacherOutputs:
     """What the frozen teacher makes of a batch, without a gradient."""
     params = jax.lax.stop_gradient(params)
-    output = teacher.apply({"params": params}, normalize_pixels(batch.pixels), method="encode_images")
+    pixels = normalize_pixels(batch.pixels, teacher.config.preprocessing)
+    output = teacher.apply({"params": params}, pixels, method="encode_images")
     text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")
     return jax.lax.stop_gradient(TeacherOutputs(select_tokens(output, image_tokens), output.embedding, text))
 

@@ -19,6 +19,8 @@ from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """`config.dtype` -> the dtype of activations."""
+PADDING = 1024
+"""Fewer embedding rows than this may have no token; where there are more, the tokenizer is another model's."""
 
 
 def choose(config: ConfigDict, field: str, options: dict[str, Any]) -> Any:
@@ -46,6 +48,12 @@ def read_bart(config: ConfigDict) -> tuple[BartConfig, BartText]:
     _require(config, "bart")
     directory = model_directory(config.bart)
     bart_config, text = read_bart_config(directory), BartText(directory)
+    if text.mask >= bart_config.vocab_size:
+        raise UserError(
+            f"{config.bart}: config.json's vocab_size is {bart_config.vocab_size}, without a row for <mask> "
+            f"(id {text.mask}), as in bart-large-cnn and bart-large-xsum: this BART cannot infill; set config.bart to "
+            "facebook/bart-large or facebook/bart-base"
+        )
     _check_vocabulary(config.bart, text.vocab_size, bart_config.vocab_size)
     _check_bart_ids(config.bart, text, bart_config)
     return bart_config, text
@@ -84,7 +92,12 @@ def _require(config: ConfigDict, field: str) -> None:
 
 
 def _check_vocabulary(directory: str, tokens: int, rows: int) -> None:
-    if tokens != rows:
+    """Embeddings may be padded with rows that no token has: no text holds them and `predict` never gives them.
+
+    The losses' softmax runs over all rows, as Hugging Face's does: what training started from depends on it, and as no
+    target is such a row, their probability only falls.
+    """
+    if not 0 <= rows - tokens < PADDING:
         raise UserError(
             f"{directory}: the tokenizer has {tokens} tokens and config.json's vocab_size is {rows}; "
             "put the tokenizer that belongs to this model there"
@@ -94,10 +107,10 @@ def _check_vocabulary(directory: str, tokens: int, rows: int) -> None:
 def _check_clip_end(directory: str, text: ClipText, config: ClipTextConfig) -> None:
     """A sentence is pooled at its end token: where the model looks for another one, it would pool the first token."""
     if config.eos_token_id == LEGACY_EOS_TOKEN_ID:
-        if text.eos != config.vocab_size - 1:
+        if text.eos != text.vocab_size - 1:
             raise UserError(
                 f"{directory}: config.json's text_config.eos_token_id is {LEGACY_EOS_TOKEN_ID}, which pools at the "
-                f"largest id, and the tokenizer's end token {text.eos} is not the largest ({config.vocab_size - 1}); "
+                f"largest id, and the tokenizer's end token {text.eos} is not the largest ({text.vocab_size - 1}); "
                 f"set text_config.eos_token_id to {text.eos}"
             )
     elif text.eos != config.eos_token_id:
