@@ -233,6 +233,20 @@ def test_pictures_without_references_are_captioned(folder, assets, monkeypatch, 
     assert {entry["image_id"]: entry["caption"] for entry in results} == expected and len(results) == 6
 
 
+def test_captions_that_cannot_be_used_are_told_with_the_suites_own_limit(folder):
+    """An entry without its caption and one without its picture; allowed, the first is no reference."""
+    names = [f"v_{image:04d}.png" for image in SHADES]
+    lines = [*({"image": name, "caption": "fine"} for name in names), {"image": names[0], "caption": " "}]
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"image": "gone.png", "caption": "x"}])))
+    config = config_of(coco_caption={"captions": str(folder / "c.jsonl"), "images": str(folder)})
+    told = r"caption empty 1, image not found 1: .*\(2 of 8 records .*, config\.coco_caption\.max_unusable is 0\)"
+    with pytest.raises(UserError, match=told):
+        read_items(config)
+    config.coco_caption.max_unusable = 0.3
+    rows = [item.row for item in read_items(config)["coco_caption"]]
+    assert [(row["image"], row["answers"]) for row in rows] == [*((n, ["fine"]) for n in names), ("gone.png", ["x"])]
+
+
 def test_a_picture_that_proves_damaged_is_left_out_and_told(folder, assets, monkeypatch, tmp_path_factory):
     """Its header and end are good; the others are answered, the server's file has every question."""
     out, path = tmp_path_factory.mktemp("out"), folder / "v_0003.png"

@@ -167,7 +167,6 @@ def caption_items(suite: ConfigDict) -> Iterator[Prompt]:
       UserError: see `FolderPairs`; a folder without pictures.
     """
     references = _references(suite)
-    _check_pictures(suite, references, suite.captions)
     ids = _image_ids(suite)
     for name, captions in references.items():
         row = {"task": "caption", "id": ids.get(name, name), "image": name, "prompt": suite.caption_decoder}
@@ -187,12 +186,17 @@ def _references(suite: ConfigDict) -> dict[str, list[str]]:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
         if not names:
             raise UserError(f"{folder}: no pictures there; correct config.{suite.name}.images")
+        _check_pictures(suite, names, suite.captions)
         return {name: [] for name in names}
     references: dict[str, list[str]] = {name: [] for name in _image_ids(suite)}
     if not references or read_json(suite.captions).get("annotations"):
-        for pair in FolderPairs(suite.captions, suite.images, suite.max_unusable).pairs:
-            if not isinstance(pair, RecordError):
-                references.setdefault(pair[1], []).append(pair[2])
+        pairs = FolderPairs(suite.captions, suite.images, max_unusable=1.0)  # the suite's own limit is the next line's
+        raise_if_too_many([*pairs.faults.values()], len(pairs), suite.max_unusable, f"config.{suite.name}.max_unusable")
+        for pair in pairs.pairs:
+            if not isinstance(pair, RecordError) and isinstance(pair[1], str):
+                captions = references.setdefault(pair[1], [])
+                captions += [pair[2]] if isinstance(pair[2], str) and pair[2].strip() else []
+    _check_pictures(suite, [name for name, captions in references.items() if not captions], suite.captions)
     return references
 
 

@@ -31,7 +31,7 @@ def mean_terms(terms: Callable, params: Params, frozen, batches: Iterable[Batch]
 
 
 def without_dropout(terms: Callable) -> Callable:
-    """A jitted (params, frozen, batch) -> terms of an objective's `terms`, dropout off."""
+    """A jitted (params, frozen, batch) -> terms of a task's `terms`, dropout off."""
     return jax.jit(functools.partial(_deterministic, terms))
 
 
