@@ -12,9 +12,11 @@ def get_config() -> ConfigDict:
             "seed": 0,  # of the data's order (shapes: of the scenes), the corruption, the dropout and the two linears
             "steps": 1000,
             "batch_size": 64,  # global: pairs (or texts) an optimizer step
+            "accumulate": 1,  # parts of a batch computed one after the other: less memory, one more forward pass
             "dtype": "float32",  # of activations: float32 | bfloat16; parameters stay float32
             "dropout": 0.0,  # BART's; replaces the value in its config.json
             "remat": False,  # recompute layers in the backward pass: less memory, more time
+            "remat_policy": "nothing",  # what is kept of a layer nevertheless: nothing | dots (its matrix products)
             "data": {
                 "source": "shapes",  # shapes | shapes_texts | folder
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
@@ -74,6 +76,12 @@ def get_config() -> ConfigDict:
             "log_every": 20,
             "save_every": 500,
             "keep": 2,  # checkpoints
-            "mesh": {"data": -1},  # devices along each axis; -1: all that are left
+            "watchdog_seconds": 1800,  # a process that makes no step for so long ends with its threads' stacks; 0: off
+            "mesh": {  # devices along each axis; -1: all that are left
+                "data": -1,  # parts of a batch; every part holds whatever fsdp and model do not split
+                "fsdp": 1,  # parts of a batch that also split parameters, moments and teacher; gathered layer by layer
+                "model": 1,  # parts of every layer's heads and hidden units (tensor parallel): keep it within one host
+                "slices": 1,  # parts of a pod between which the network is slow; data spans them
+            },
         }
     )

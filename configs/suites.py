@@ -60,4 +60,5 @@ def get_config(names: str = "shapes") -> ConfigDict:
     if unknown:
         raise UserError(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
     chosen = {name: {**SUITES[name], "name": name} for name in names.split(",")}
-    return ConfigDict({"suites": tuple(chosen), "batch_size": 64, **chosen})
+    mesh = {"data": -1, "fsdp": 1, "model": 1, "slices": 1}  # devices along each axis, as in configs/base.py
+    return ConfigDict({"suites": tuple(chosen), "batch_size": 64, "mesh": mesh, **chosen})

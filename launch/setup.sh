@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Makes the Python environment that demo.sh and test.sh run in. Sourced, not run: `vlkd_setup runtime` or `vlkd_setup dev`.
+# Makes the Python environment that the other scripts run in. Sourced, not run: `vlkd_setup KIND`; KIND is runtime, dev
+# (with what the tests need), cuda12 or cuda13 (with that extra of jax).
 # Sets VLKD_PYTHON (the interpreter) and VLKD_SETUP_SECONDS. VLKD_VENV names another place than .venv under the root.
 
 VLKD_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -26,7 +27,7 @@ vlkd_fingerprint() { # KIND: changes with the requirements, the package metadata
   (
     cd "$VLKD_ROOT" || exit
     cat requirements.txt requirements.lock pyproject.toml
-    [[ $1 == runtime ]] || cat requirements-dev.txt requirements-dev.lock
+    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock
     printf '%s\n' "$VLKD_ROOT"
   ) | "${sum[@]}" | cut -d ' ' -f 1
 }
@@ -114,22 +115,25 @@ vlkd_source() { # prints the folder to install from: the checkout, or links to i
 
 vlkd_install() { # KIND
   local files=() flavour=txt name
-  rm -f -- "$vlkd_venv/.stamp-runtime" "$vlkd_venv/.stamp-dev"
+  rm -f -- "$vlkd_venv"/.stamp-*
   vlkd_log="$vlkd_venv/install.log"
   : >"$vlkd_log"
   # the lock was frozen on Python 3.11; other versions resolve within the bounds of requirements.txt
   "$VLKD_PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && flavour=lock
   files=(-r "$VLKD_ROOT/requirements.$flavour")
-  [[ $1 == runtime ]] || files+=(-r "$VLKD_ROOT/requirements-dev.$flavour")
+  case $1 in
+    dev) files+=(-r "$VLKD_ROOT/requirements-dev.$flavour") ;;
+    cuda*) files+=("jax[$1]") ;; # the version is the one of the requirements
+  esac
   vlkd_pip "${files[@]}"
   vlkd_pip --no-deps --editable "$(vlkd_source)"
-  for name in runtime dev; do
-    [[ $1 == runtime && $name == dev ]] || vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"
+  for name in runtime "$1"; do
+    vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"
   done
   rm -f -- "$vlkd_marker"
 }
 
-vlkd_setup() { # KIND: runtime or dev
+vlkd_setup() { # KIND
   vlkd_start=$SECONDS
   vlkd_venv="${VLKD_VENV:-$VLKD_ROOT/.venv}"
   [[ $vlkd_venv == /* ]] || vlkd_venv="$PWD/$vlkd_venv"

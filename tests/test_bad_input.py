@@ -107,7 +107,10 @@ def flag_cases(assets, place):
         "no config": Case(["--workdir=x"], ["--config"]),
         "no such file": Case(["--config=configs/shapes_vlkd.py.py", "--workdir=x"], ["configs/shapes_vlkd.py.py"]),
         "no such name": Case(["--config", "shapes_vlk", "--workdir=x"], ["shapes_vlk:", "--config=shapes_vlkd"]),
-        "no name at all": Case(["-config=", "--workdir=x"], ["base, folder, shapes_bart", "FILE.py"]),
+        "no name at all": Case(
+            ["-config=", "--workdir=x"],
+            ["base, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, shapes_bart", "FILE.py"],
+        ),
         "no such built-in model": Case(
             arguments(assets, place / "run_builtin", clip="builtin:shapes/klip"),
             ["builtin:shapes/klip", "builtin:shapes/bart, builtin:shapes/clip"],

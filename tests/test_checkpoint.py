@@ -26,9 +26,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_config
 
-from vlkd_jax import checkpoint
-from vlkd_jax.checkpoint import MANIFEST, Checkpoints
+from vlkd_jax import checkpoint, manifest
+from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.errors import UserError
+from vlkd_jax.manifest import MANIFEST
 from vlkd_jax.train import train
 from vlkd_jax.vlkd import load_run
 
@@ -254,7 +255,7 @@ def test_a_disk_that_fills_while_the_manifest_is_written(tmp_path, monkeypatch, 
     checkpoints = Checkpoints(tmp_path)
     checkpoints.restore(abstract(make_state(0)))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", full)
+        patch.setattr(manifest, "write_atomic", full)
         checkpoints.save(20, make_state(20), {})
         with pytest.raises(UserError, match=r"no space for the checkpoint of step 20.*step 10 is untouched"):
             checkpoints.wait()
@@ -283,7 +284,7 @@ def test_a_disk_that_fills_while_arrays_are_written(tmp_path, monkeypatch):
 def test_another_failure_of_the_writer_comes_out_at_the_next_save(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_hash_files", lambda path: 1 / 0)
+        patch.setattr(checkpoint, "hash_files", lambda path: 1 / 0)
         checkpoints.save(10, make_state(10), {})
         with pytest.raises(ZeroDivisionError):
             checkpoints.save(20, make_state(20), {})
@@ -341,8 +342,8 @@ def test_a_checkpoint_of_another_model_stops_the_run(tmp_path, capsys, change, w
 def test_mistakes_of_the_caller(tmp_path):
     with pytest.raises(UserError, match="at least 1"):
         Checkpoints(tmp_path, keep=0)
-    with pytest.raises(UserError, match="mount"):
-        Checkpoints("gs://bucket/run")
+    with pytest.raises(UserError, match="begins with gs://, s3://"):
+        Checkpoints("http://host/run")
     with Checkpoints(tmp_path / "none") as checkpoints:
         with pytest.raises(UserError, match="no usable checkpoint"):
             checkpoints.restore(abstract(make_state(0)))
@@ -536,12 +537,13 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.errors import UserError
-directory, port, index = sys.argv[1:]
+directory, other, port, index = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-shardings = {"params": {"w": NamedSharding(mesh, P("data")), "n": NamedSharding(mesh, P())}}
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+shardings = {"params": {"w": NamedSharding(mesh, P("fsdp", "data")), "n": NamedSharding(mesh, P())}}
 shardings["opt_state"] = shardings["params"]["n"]
-make = jax.jit(lambda n: {"params": {"w": jnp.arange(8.0) * n, "n": n}, "opt_state": n}, out_shardings=shardings)
+numbers = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+make = jax.jit(lambda n: {"params": {"w": numbers * n, "n": n}, "opt_state": n}, out_shardings=shardings)
 checkpoints = Checkpoints(directory, keep=2)
 for step in (1, 2, 3):
     checkpoints.save(step, make(step), {"step": step})
@@ -553,11 +555,15 @@ like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding
 step, state, meta = checkpoints.restore(like)
 assert step == 2 and meta == {"step": 2}, step
 for shard in state["params"]["w"].addressable_shards:
-    assert np.array_equal(np.asarray(shard.data), np.arange(8.0)[shard.index] * 2)
+    assert shard.data.shape == (2, 4) and np.array_equal(np.asarray(shard.data), numbers[shard.index] * 2)
 step, state, meta = checkpoints.restore({"params": like["params"]})
 assert step == 3 and list(state) == ["params"], (step, state)
 for shard in state["params"]["w"].addressable_shards:
-    assert np.array_equal(np.asarray(shard.data), np.arange(8.0)[shard.index] * 3)
+    assert np.array_equal(np.asarray(shard.data), numbers[shard.index] * 3)
+step, state, meta = Checkpoints(other).restore(like)
+assert (step, meta) == (7, {"processes": 1}) and int(state["opt_state"]) == 7
+for shard in state["params"]["w"].addressable_shards:
+    assert shard.data.shape == (2, 4) and np.array_equal(np.asarray(shard.data), numbers[shard.index] * 7)
 try:
     checkpoints.restore({"params": {"n": like["params"]["n"]}})
 except UserError as error:
@@ -573,14 +579,29 @@ checkpoints.close()
 """
 
 
+def state_of_process(step: int, count: int) -> dict[str, Any]:
+    """The state of `PROCESS` on the first `count` devices of this one: its second axis over data and fsdp."""
+    mesh = jax.make_mesh(
+        (max(count // 2, 1), min(count, 2)), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:count]
+    )
+    split, whole = NamedSharding(mesh, P(None, ("data", "fsdp"))), NamedSharding(mesh, P())
+    numbers = jnp.arange(32.0).reshape(4, 8) * step
+    state = {"params": {"w": numbers, "n": jnp.int32(step)}, "opt_state": jnp.int32(step)}
+    return jax.device_put(state, {"params": {"w": split, "n": whole}, "opt_state": whole})
+
+
 def test_two_processes_save_fall_back_and_fail_together(tmp_path):
+    """And read what one process saved on eight devices, as one reads on eight, four or one what they saved."""
+    shared, single = tmp_path / "shared", tmp_path / "single"
+    with Checkpoints(single) as checkpoints:
+        checkpoints.save(7, state_of_process(7, 8), {"processes": 1})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, tmp_path, port, str(index)],
+            [sys.executable, "-c", PROCESS, shared, single, port, str(index)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -594,7 +615,14 @@ def test_two_processes_save_fall_back_and_fail_together(tmp_path):
         lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert lines == ["refused True", "full True"]
     assert [err.count("warning: checkpoint") for _, err in outputs] == [1, 0]
-    assert step_names(tmp_path) == ["step_00000002", "step_00000003"]
+    assert step_names(shared) == ["step_00000002", "step_00000003"]
+    for count in (8, 4, 1):
+        expected = state_of_process(2, count)
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
+        step, parts, meta = Checkpoints(shared).restore(wanted)
+        assert (step, meta) == (2, {"step": 2})
+        assert_same_bits(parts, expected)
+        assert {shard.data.shape for shard in parts["params"]["w"].addressable_shards} == {(4, 8 // count)}
 
 
 @pytest.mark.parametrize("name", ["run [1]", "a[", "a*", "what?", "back\\slash", os.fsdecode(b"caf\xe9")])
@@ -638,8 +666,8 @@ def test_every_array_is_opened_again(tmp_path):
     path, tree = tmp_path / "step_00000001", checkpoint._signatures(make_state(1))
     checkpoint._open_again(path, tree)
     wrong = {**tree, "params": {**tree["params"], "params/b/scale": ["float32", [5]]}}
-    with pytest.raises(checkpoint._Damaged, match="its part params holds other arrays"):
+    with pytest.raises(manifest.Damaged, match="its part params holds other arrays"):
         checkpoint._open_again(path, wrong)
     shutil.rmtree(path / "opt_state" / "d")
-    with pytest.raises(checkpoint._Damaged, match="cannot be opened again"):
+    with pytest.raises(manifest.Damaged, match="cannot be opened again"):
         checkpoint._open_again(path, tree)

@@ -14,6 +14,7 @@ from vlkd_jax import decoding
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.shapes.sources import ShapesPairs
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.vlkd import VLKD
 
@@ -274,7 +275,7 @@ def student(tmp_path_factory):
     params = jax.tree.map(np.asarray, task.load_params())
     params["bart"] = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params["bart"])
     params["image_projection"] = {"kernel": params["image_projection"]["kernel"] * 50}
-    return VLKD.of(task, params, task.load_frozen())
+    return VLKD.of(task, params, task.load_frozen(), one_device())
 
 
 def test_batches_are_padded_and_images_shared(student):

@@ -14,6 +14,7 @@ from vlkd_jax.models import attention, bart, clip, vlkd
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.optim import make_optimizer
+from vlkd_jax.sharding import one_device
 from vlkd_jax.step import make_train_step
 from vlkd_jax.tasks import make_task
 from vlkd_jax.train import start_state, train
@@ -115,8 +116,7 @@ def demo_step(batch=None):
     optimizer = make_optimizer(config.optim, config.steps, task.new)
     batch = batch or next(iter(train_stream(config, task, 0))).replace(index=None)
     assert batch.text_ids.shape[0] == batch.replay.text_ids.shape[0] == 64
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    state = start_state(task.load_params(), optimizer, mesh)
+    state = start_state(task.load_params(), optimizer, one_device())
     step = jax.jit(make_train_step(task, optimizer, config.dropout, config.seed))
     return batch, *jax.device_get(step(state, task.load_frozen(), batch))
 

@@ -56,7 +56,7 @@ def evaluator(task):
     """Jitted (params, frozen, batch, weights) -> ((loss, terms), gradients by params and by frozen)."""
 
     def loss(params, frozen, batch, weights):
-        terms = task.terms(params, frozen, batch, None)
+        terms = losses.finish(task.terms(params, frozen, batch, None))
         return sum(weight * terms[name][0] / terms[name][1] for name, weight in weights.items()), terms
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -92,7 +92,8 @@ def test_terms_and_parameters(assets, mixed):
     (_, terms), _ = evaluate(params, frozen, batch, task.weights)
     counts = {name: float(count) for name, (_, count) in terms.items()}
     assert counts["ttdm"] == counts["itcl"] == 8 and counts["icti"] == batch.target_mask.sum()
-    assert counts["denoise"] == batch.replay.target_mask.sum() and set(counts) == set(task.weights)
+    assert counts["denoise"] == batch.replay.target_mask.sum()
+    assert set(counts) == {*task.weights, "itcl_accuracy"}
 
 
 @functools.cache
@@ -109,7 +110,7 @@ def student_outputs(student):
             hidden = s.encode(batch.text_ids, batch.text_mask)
             corrupted = s.encode(batch.source_ids, batch.source_mask)
             memory, mask = s.memory(s.image_prefix(tokens), corrupted, batch.source_mask)
-            return hidden, memory, mask, s.decode_logits(batch.text_ids, memory, mask)
+            return hidden, memory, mask, s.decode(batch.text_ids, memory, mask)
 
         return student.apply({"params": params}, method=forward)
 
@@ -125,10 +126,16 @@ def parts(mixed):
     return jax.tree.map(np.asarray, (teacher, student))
 
 
+def cross_entropy(bart, decoded, targets):
+    """Of every position, for BART's parameters and the decoder's states."""
+    logits = decoded @ np.transpose(bart["shared"]["embedding"]) + bart["final_logits_bias"]
+    return -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1)[..., 0]
+
+
 def test_losses_follow_the_method(mixed, parts):
     """Each term again in the method's words: which text each side reads, where the sentence stands, the prefix."""
     task, batch, params, *_ = mixed
-    (tokens, image, text), (hidden, memory, mask, logits) = parts[0]["projected"], parts[1]
+    (tokens, image, text), (hidden, memory, mask, decoded) = parts[0]["projected"], parts[1]
     np.testing.assert_allclose(np.linalg.norm(image, axis=-1), 1, rtol=1e-5)
     eos = task.encoder.bart_text.eos
     at = [list(row[keep]).index(eos) for row, keep in zip(batch.text_ids, batch.text_mask)]
@@ -139,8 +146,8 @@ def test_losses_follow_the_method(mixed, parts):
     assert (batch.target_mask == batch.text_mask).all()  # the whole clean caption is the target
     expected = {
         "ttdm": np.mean(np.sum((sentence - text) ** 2, -1)),
-        "itcl": float(losses.itcl(image, sentence, np.exp(params["logit_scale"]))[0]) / 8,
-        "icti": float(losses.icti(logits, batch.text_ids, batch.text_mask)[0]) / batch.text_mask.sum(),
+        "itcl": float(losses.itcl(image, sentence, np.exp(params["logit_scale"]))[0][0]) / 8,
+        "icti": cross_entropy(params["bart"], decoded, batch.text_ids)[batch.text_mask].mean(),
     }
     means = mixed.means()
     for name, value in expected.items():
@@ -246,7 +253,7 @@ def test_sentence_distance_and_scale_options_in_numbers(assets, mixed, parts):
     means = other.means()
     assert means["ttdm"] == pytest.approx(np.mean(np.sum((raw - text) ** 2, -1)), rel=1e-4)
     scale = np.exp(other.frozen["clip"]["logit_scale"])
-    assert means["itcl"] == pytest.approx(float(losses.itcl(image, unit, scale)[0]) / 8, rel=1e-4)
+    assert means["itcl"] == pytest.approx(float(losses.itcl(image, unit, scale)[0][0]) / 8, rel=1e-4)
     by_params, by_frozen = other.gradients(**task.weights)
     assert largest(by_frozen) == 0 and largest(by_params["logit_scale"]) == 0
 

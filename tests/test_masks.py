@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from vlkd_jax import losses
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.tasks import make_task
 
@@ -19,7 +20,7 @@ def loud(assets):
     batch = next(iter(train_stream(config, task, 0))).replace(index=None)
     params = jax.tree.map(lambda x: np.asarray(x) * (8 if np.ndim(x) > 1 else 1), task.load_params())
     params["image_projection"]["kernel"] *= 20
-    terms = jax.jit(lambda batch: task.terms(params, task.load_frozen(), batch, None))
+    terms = jax.jit(lambda batch: losses.finish(task.terms(params, task.load_frozen(), batch, None)))
     return batch, lambda **changes: jax.tree.map(float, terms(batch.replace(**changes)))
 
 

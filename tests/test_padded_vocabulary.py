@@ -12,6 +12,7 @@ from transformers import BartForConditionalGeneration
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.hf.save import save_bart
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.parents import PADDING, read_bart, read_clip
 from vlkd_jax.vlkd import VLKD
@@ -36,7 +37,7 @@ def padded(assets, place, rows=SURPLUS):
 
 def text_model(assets, bart):
     task = make_task(tiny_config(assets, bart=str(bart), objective="bart_denoise", data__source="shapes_texts"))
-    return VLKD.of(task, task.load_params(), {})
+    return VLKD.of(task, task.load_params(), {}, one_device())
 
 
 @pytest.mark.parity

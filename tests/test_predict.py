@@ -15,6 +15,7 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.hf.save import save_bart
 from vlkd_jax.models.bart import POSITION_OFFSET
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.distill import teacher_outputs
 from vlkd_jax.train import train
@@ -64,7 +65,7 @@ def make(assets):
     def made(kind):
         task = make_task(tiny_config(assets, **KINDS[kind]))
         params = loud(task, np.random.default_rng(0))
-        return task, params, VLKD.of(task, jax.device_put(params), task.load_frozen())
+        return task, params, VLKD.of(task, jax.device_put(params), task.load_frozen(), one_device())
 
     return made
 
@@ -312,7 +313,7 @@ def narrow(assets, tmp_path_factory):
     save_bart(place, dataclasses.replace(config, max_position_embeddings=WIDTH), params)
     task = make_task(tiny_config(assets, bart=str(place), data__replay_length=WIDTH))
     params = loud(task, np.random.default_rng(0))
-    return task, params, VLKD.of(task, jax.device_put(params), task.load_frozen())
+    return task, params, VLKD.of(task, jax.device_put(params), task.load_frozen(), one_device())
 
 
 def test_prompts_may_fill_the_positions_and_no_more(narrow, rng):

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import IMAGE_SIZE, tiny_config
+from tiny import IMAGE_SIZE, make_mesh, tiny_config
 
-from vlkd_jax import decoding, predict, sharding, whitening
+from vlkd_jax import decoding, losses, predict, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import files_read, load_clip, read_clip_config
 from vlkd_jax.hf.save import save_clip
 from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.distill import teacher_outputs
 from vlkd_jax.train import train
@@ -104,14 +105,14 @@ def test_contrastive_training(models, pictures, theirs):
     text = task.module.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")
     logits = np.exp(params["logit_scale"]) * theirs[0] @ np.asarray(text).T
     both = jax.nn.log_softmax(logits, 1) + jax.nn.log_softmax(logits, 0)
-    total, _ = task.terms(params, {}, batch, None)["itcl"]
+    total, _ = losses.finish(task.terms(params, {}, batch, None))["itcl"]
     np.testing.assert_allclose(total, -0.5 * np.trace(both), rtol=CLOSE)
 
 
 @pytest.mark.parity
 def test_whitening(models, pictures, theirs):
     task = make_task(tiny_config(models, student__image_tokens="penultimate", student__whiten=len(pictures)))
-    frozen, mesh = task.load_frozen(), sharding.make_mesh(1)
+    frozen, mesh = task.load_frozen(), make_mesh(1)
     statistics = whitening.estimate(task, frozen["clip"], iter([batch_of(task, pictures)]), mesh)
     np.testing.assert_allclose(statistics["mean"], theirs[1].mean((0, 1)), atol=CLOSE)
 
@@ -121,7 +122,7 @@ def test_predictions(models, pictures, theirs):
     """Embeddings, and what the decoder reads of an image when it answers."""
     task = make_task(tiny_config(models, student__image_tokens="penultimate"))
     params = task.load_params()
-    model = VLKD.of(task, params, task.load_frozen())
+    model = VLKD.of(task, params, task.load_frozen(), one_device())
     np.testing.assert_allclose(model.embed_images(pictures), theirs[0], atol=CLOSE)
     requests = [predict.Request([5], [6], image) for image in pictures]
     memory, image_of = predict._image_memory(model, requests, len(requests))
@@ -133,7 +134,7 @@ def test_predictions(models, pictures, theirs):
 
 def test_it_belongs_to_the_identity_of_a_run(models, tmp_path):
     config = tiny_config(models, steps=1)
-    shared = sharding.replicated(sharding.make_mesh(1))
+    shared = sharding.replicated(make_mesh(1))
     state = train(config, tmp_path)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), state.params)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:

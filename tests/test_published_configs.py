@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import SHARED_DATA, generate, tiny_config
 
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.vlkd import VLKD
 
@@ -41,7 +42,7 @@ def first_tokens(assets, bart):
         targets = np.array([[text.bos, *prompt, text.pad]])  # as the pipeline makes them
         logits = module.apply({"params": params}, targets, hidden, ids >= 0, method="decode_logits")
         said.append(text.decode([int(np.argmax(logits[0, -1]))]))
-    model = VLKD.of(task, params, task.load_frozen())
+    model = VLKD.of(task, params, task.load_frozen(), one_device())
     # the last token is forced to be `</s>`, so of two tokens one is a word
     return (*(generate(model, 8, prompts, prompts, count) for count in (2, 12)), said)
 

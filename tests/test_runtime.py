@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: what is saved, one line, the exit code; and nothing left behind where a program goes on."""
+"""How a process ends by a signal, by the watchdog, by an abort: what is saved, one line, the exit code.
+
+And nothing is left behind where a program goes on.
+"""
 
 import os
 import re
@@ -160,7 +163,94 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, int(signal.SIGTERM), np.int32(signal.SIGTERM)])
+def test_a_signal_that_another_process_received(number):
+    interrupted = runtime.Interrupted(number, "after step 3")
+    assert (interrupted.code, type(interrupted.code)) == (143, int) and str(interrupted) == (
+        "stopped by SIGTERM after step 3"
+    )
+
+
+def ending(code: str) -> tuple[int, str, str, float]:
+    """(exit code, output, errors, seconds) of a program with `runtime` and `time`."""
+    program = f"import os, threading, time\nfrom vlkd_jax import runtime\n{code}"
+    since = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - since
+
+
+STUCK = """
+def stuck():
+    time.sleep(60)
+
+threading.Thread(target=stuck, daemon=True).start()
+with runtime.Watchdog({seconds}, "update") as watchdog:
+    time.sleep({seconds} / 2)
+    for step in range(5):
+        watchdog.beat(step)
+        time.sleep({seconds} / 2)
+    watchdog.beat(7, allow=4)
+    time.sleep(2.5 * {seconds})
+    print("in time", flush=True)
+    watchdog.beat(8)
+    stuck()
+"""
+
+
+def test_the_watchdog_ends_what_hangs():
+    code, out, err, seconds = ending(STUCK.format(seconds=0.6))
+    assert (code, out) == (runtime.LOST, "in time\n") and seconds < 30
+    line, stacks = err.split("\n", 1)
+    assert line.startswith("no update for 0.6 s, the last was step 8; another process may be stuck or gone")
+    assert stacks.count("most recent call first") == 3 and stacks.count(" in stuck\n") == 2
+    code, out, err, _ = ending("runtime.set_process(3)\nwith runtime.Watchdog(0.2):\n    time.sleep(60)")
+    assert code == runtime.LOST and err.startswith("process 3: no step for 0.2 s, the last was the start;")
+
+
+def test_a_watchdog_that_is_off_or_over_ends_nothing():
+    code, out, err, _ = ending(
+        "with runtime.Watchdog(0): time.sleep(0.5)\nwith runtime.Watchdog(0.2): pass\ntime.sleep(0.5)\nprint('end')"
+    )
+    assert (code, out, err) == (0, "end\n", "")
+
+
+def test_a_suspended_process_goes_on():
+    """Ctrl-Z and fg: the time between does not count."""
+    run = start(
+        [
+            "-c",
+            "import time\nfrom vlkd_jax.runtime import Watchdog\nwith Watchdog(1.5):\n    print('runs', flush=True)\n"
+            "    time.sleep(0.5)\n    print('end')",
+        ]
+    )
+    assert run.stdout.readline() == "runs\n"
+    run.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    run.send_signal(signal.SIGCONT)
+    assert run.communicate(timeout=60) == ("end\n", "") and run.returncode == 0
+
+
+@pytest.mark.parametrize("where", ["os.abort()", "threading.Thread(target=os.abort).start(); time.sleep(60)"])
+def test_an_abort_of_the_runtime_is_answered(where):
+    code, out, err, _ = ending(
+        f"runtime.answer_aborts('another  one', 7)\nruntime.answer_aborts('a\\nline', 4)\n{where}"
+    )
+    assert (code, out, err) == (4, "", "a line\n")
+
+
+def test_whoever_leaves_first_is_heard_alone():
+    """And process 0 leaves after the others, which need its coordinator to tell why they leave."""
+    code, out, err, seconds = ending(
+        "runtime.set_process(0)\nthreading.Thread(target=runtime.leave, args=('first', 5)).start()\n"
+        "time.sleep(0.5)\nruntime.leave('second', 6)"
+    )
+    assert (code, out, err) == (5, "", "first\n") and seconds > runtime.GRACE
+
+
 def test_the_exit_codes_are_told():
+    assert runtime.LOST in EXIT_CODES
     for number in runtime.NAMES:
         assert runtime.exit_code(number) in EXIT_CODES
         assert all(runtime.exit_code(number) in command.exit_codes for command in COMMANDS.values())

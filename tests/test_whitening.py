@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from tiny import WIDTH, tiny_config
+from tiny import WIDTH, make_mesh, tiny_config
 
-from vlkd_jax import sharding, whitening
+from vlkd_jax import whitening
 from vlkd_jax.data.streams import train_stream
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.clip import normalize_pixels
@@ -36,7 +36,7 @@ def frozen(task):
 @pytest.fixture(scope="module")
 def estimates(config, task, frozen):
     """On a mesh of one device and on one of eight."""
-    streams = ((train_stream(config, task, 0), sharding.make_mesh(count)) for count in (1, 8))
+    streams = ((train_stream(config, task, 0), make_mesh(count)) for count in (1, 8))
     return [whitening.estimate(task, frozen["clip"], stream, mesh) for stream, mesh in streams]
 
 
@@ -88,7 +88,7 @@ def test_training_sets_it_once_and_keeps_it(config, task, frozen, estimates, tmp
 
 def test_before_training_is_as_training_starts(config, task, frozen, estimates, tmp_path):
     """What is compared with the trained student, in the demo and in `evaluate`, whitens from the start too."""
-    started = whitened(config, task, task.load_params(), frozen, sharding.make_mesh(1))
+    started = whitened(config, task, task.load_params(), frozen, make_mesh(1))
     train(config, tmp_path)
     read = VLKD.from_run(tmp_path, at_start=True).params
     for params in (started, read):

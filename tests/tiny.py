@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlkd_jax import predict
+from vlkd_jax import predict, sharding
 from vlkd_jax.configs import base
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.models.bart import Bart
@@ -79,6 +79,11 @@ def options(assets: Path) -> dict:
         "eval.questions": 4,
         "mesh.data": 1,
     }
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, model: int = 1) -> jax.sharding.Mesh:
+    """A mesh of the first fake devices."""
+    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "model": model, "slices": 1}))
 
 
 def tiny_config(assets: Path, **changes) -> ConfigDict:

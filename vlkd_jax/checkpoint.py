@@ -9,29 +9,36 @@ Orbax loads flipped bits without a word and takes an empty step directory for th
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from vlkd_jax import processes
 from vlkd_jax.errors import UserError
-from vlkd_jax.workdir import write_atomic
+from vlkd_jax.manifest import (
+    FORMAT,
+    MANIFEST,
+    Damaged,
+    compare,
+    hash_files,
+    is_of_another_format,
+    read_manifest,
+    verify_all,
+    write_manifest,
+)
+from vlkd_jax.storage import check_reachable, is_remote, locate
 
-MANIFEST = "vlkd_manifest.jsonl"
-FORMAT = 2  # 1: the whole state in one piece
 HEADROOM = 1.3  # free space asked for before a save, in sizes of the state
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -40,12 +47,11 @@ _SET_ASIDE = re.compile(r"step_(\d{8,})\.damaged-\d+")
 _UNDECODED = {chr(0xDC00 + byte) for byte in range(0x80, 0x100)}  # how Python holds bytes of a path that are no UTF-8
 
 
-class _Damaged(Exception):
-    """Why a step directory is not a complete checkpoint, or why a part of it cannot be read."""
-
-
 class Checkpoints:
-    """The checkpoints of one run, newest last, in `directory` (a POSIX path; every process must see the same one).
+    """The checkpoints of one run, newest last, in `directory` (every process must see the same one).
+
+    `directory` is a local path or the URL of a place in an object store. What is written there beside Orbax's files is
+    tested on a made-up store, Orbax itself only on local paths.
 
     A state is saved in parts, {name: pytree of global jax.Arrays}, so that one can be read without the others. All
     processes make the same calls in the same order; process 0 writes the manifests and deletes. One run writes to a
@@ -61,7 +67,7 @@ class Checkpoints:
         check_directory(directory)
         if keep < 1:
             raise UserError(f"number of checkpoints to keep must be at least 1, got {keep}")
-        self.directory = Path(directory).absolute()
+        self.directory = locate(directory)
         self.keep = keep
         self._good: set[int] = set()  # steps of which this process has written, or verified, every byte of every part
         self._pending: Future[None] | None = None
@@ -91,7 +97,7 @@ class Checkpoints:
         body = {"format": FORMAT, "step": int(step), "meta": dict(meta), "tree": _signatures(parts)}
         json.dumps(body)
         needed = int(HEADROOM * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(parts))))
-        if not _on_first_process(lambda: self._make_room(int(step), needed)):
+        if not processes.on_first(lambda: self._make_room(int(step), needed)):
             return
         response = ocp.save_checkpointables_async(self._path(step), dict(parts))
         self._pending = self._writer.submit(self._finish, int(step), response, body, needed)
@@ -106,7 +112,7 @@ class Checkpoints:
 
         Raises UserError when it comes upon a step of another format.
         """
-        return _on_first_process(lambda: self._newest(lambda path: _verify(path, hashes=False)))
+        return processes.on_first(lambda: self._newest(lambda path: verify_all(path, hashes=False)))
 
     def restore(self, abstract_parts: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Loads parts of the newest checkpoint in which every byte of them is as it was written: (step, parts, meta).
@@ -124,11 +130,11 @@ class Checkpoints:
             raise ValueError("restore: name at least one part")
         if any(getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(dict(abstract_parts))):
             raise ValueError("restore: every leaf of abstract_parts needs a sharding")
-        step = _on_first_process(lambda: self._newest(lambda path: self._verify_parts(path, set(abstract_parts))))
+        step = processes.on_first(lambda: self._newest(lambda path: self._verify_parts(path, set(abstract_parts))))
         if step is None:
             raise UserError(f"{self.directory}: no usable checkpoint there; name the directory of another run")
         path = self._path(step)
-        body = _read_manifest(path)
+        body = read_manifest(path)
         saved = {name: arrays for name, arrays in body["tree"].items() if name in abstract_parts}
         _require_same_trees(path, saved, _signatures(abstract_parts))
         parts = ocp.load_checkpointables(path, dict(abstract_parts))
@@ -142,10 +148,10 @@ class Checkpoints:
         if pending is None:
             return
         error = pending.exception()
-        reports = _share(_report(error))
+        reports = processes.share(processes.report(error))
         if error is not None:
             raise error
-        _raise_reported(reports)
+        processes.raise_reported(reports)
 
     def close(self) -> None:
         """Waits for the save under way and ends the writing thread; raises as `wait`."""
@@ -154,38 +160,40 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> epath.Path:
         return self.directory / f"step_{step:08d}"
+
+    def _entries(self) -> list[epath.Path]:
+        """What lies in the directory, if it is there: an object store has none before the first save."""
+        return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
     def _steps(self) -> list[int]:
         """The numbers of all step directories, good or not, newest first."""
-        if not self.directory.is_dir():
-            return []
-        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
+        matches = (_STEP.fullmatch(path.name) for path in self._entries() if path.is_dir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _newest(self, verify: Callable[[Path], None]) -> int | None:
+    def _newest(self, verify: Callable[[epath.Path], None]) -> int | None:
         for step in self._steps():
             try:
                 verify(self._path(step))
                 return step
-            except _Damaged as damage:
+            except Damaged as damage:
                 self._good.discard(step)
                 self._warn(self._path(step), f"passed over: {damage}")
         return None
 
-    def _verify_parts(self, path: Path, parts: set[str]) -> None:
-        """Raises _Damaged unless these parts, and what belongs to no part, are there byte for byte."""
-        body = _read_manifest(path)
+    def _verify_parts(self, path: epath.Path, parts: set[str]) -> None:
+        """Raises Damaged unless these parts, and what belongs to no part, are there byte for byte."""
+        body = read_manifest(path)
         others = body["tree"].keys() - parts
         wanted = {name: entry for name, entry in body["files"].items() if name.partition("/")[0] not in others}
-        _compare(path, wanted, hashes=True)
+        compare(path, wanted, hashes=True)
         try:
-            _compare(path, {name: entry for name, entry in body["files"].items() if name not in wanted}, hashes=False)
-        except _Damaged as damage:
+            compare(path, {name: entry for name, entry in body["files"].items() if name not in wanted}, hashes=False)
+        except Damaged as damage:
             self._warn(path, f"is read without its damaged part: {damage}")
 
-    def _warn(self, path: Path, message: str) -> None:
+    def _warn(self, path: epath.Path, message: str) -> None:
         if (path.name, message) not in self._warned:
             self._warned.add((path.name, message))
             print(f"warning: checkpoint {path} {message}", file=sys.stderr, flush=True)
@@ -193,10 +201,11 @@ class Checkpoints:
     def _make_room(self, step: int, needed: int) -> bool:
         """Readies the directory for a save; False when the step is complete already. On process 0."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be made ({error.strerror}); choose another --workdir") from error
-        for path in self.directory.iterdir():
+        for path in self._entries():
             if _LEFTOVER.fullmatch(path.name):
                 self._delete(path)
         path = self._path(step)
@@ -204,10 +213,10 @@ class Checkpoints:
             if step in self._good:
                 return False
             try:
-                _verify(path, hashes=True)
+                verify_all(path, hashes=True)
                 self._good.add(step)
                 return False
-            except _Damaged:
+            except Damaged:
                 path.rename(next(aside for n in itertools.count(1) if not (aside := _aside(path, n)).exists()))
         if _free_bytes(self.directory) < needed:
             raise self._no_space(step, needed)
@@ -227,22 +236,23 @@ class Checkpoints:
         path = self._path(step)
         try:
             response.result()
-            if jax.process_index() == 0:
+            if processes.is_first():
                 _open_again(path, body["tree"])
-                _write_manifest(path, body | {"files": _hash_files(path)})
-                _verify(path, hashes=False)
-        except _Damaged as damage:
+                write_manifest(path, body | {"files": hash_files(path)})
+                verify_all(path, hashes=False)
+        except Damaged as damage:
             raise UserError(f"{path}: damaged right after it was written ({damage}); check the disk") from damage
         except Exception as error:
             if not _is_no_space(error):
                 raise
-            if jax.process_index() == 0:
-                for unfinished in self.directory.glob(f"{path.name}*"):
-                    if unfinished == path or _LEFTOVER.fullmatch(unfinished.name):
+            if processes.is_first():
+                for unfinished in self._entries():
+                    leftover = _LEFTOVER.fullmatch(unfinished.name) and unfinished.name.startswith(f"{path.name}.")
+                    if unfinished == path or leftover:
                         self._delete(unfinished)
             raise self._no_space(step, needed) from error
         self._good.add(step)
-        if jax.process_index() == 0:
+        if processes.is_first():
             self._prune()
 
     def _prune(self) -> None:
@@ -251,16 +261,20 @@ class Checkpoints:
         if len(good) < self.keep:
             return
         oldest_kept = good[-self.keep]
-        for path in self.directory.iterdir():
+        for path in self._entries():
             match = _STEP.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
-            if match and int(match[1]) < oldest_kept and not _is_of_another_format(path):
+            if match and int(match[1]) < oldest_kept and not is_of_another_format(path):
                 self._delete(path)
 
-    def _delete(self, path: Path) -> None:
-        doomed = path if path.suffix == ".deleted" else path.with_name(f"{path.name}.deleted")
+    def _delete(self, path: epath.Path) -> None:
+        """A kill half-way leaves no step directory that looks complete and has files missing."""
+        doomed = path
         try:
-            path.rename(doomed)  # first, so that a kill half-way leaves no step directory with files missing
-            shutil.rmtree(doomed)
+            if is_remote(path):  # where to rename is to copy
+                (path / MANIFEST).unlink(missing_ok=True)
+            elif path.suffix != ".deleted":
+                doomed = path.rename(path.with_name(f"{path.name}.deleted"))
+            doomed.rmtree()
         except OSError as error:
             self._warn(path, f"could not be deleted: {error}")
 
@@ -269,10 +283,10 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
     """Raises UserError for a path in or below which checkpoints cannot be kept.
 
     Orbax takes the whole path for a glob pattern when it looks for what it has written, and tensorstore takes UTF-8.
+    An object store is asked whether it answers.
     """
-    if "://" in os.fspath(directory):
-        raise UserError(f"{directory}: checkpoints need a directory; mount the bucket and name the mounted path")
-    path = str(Path(directory).absolute())
+    place = locate(directory)
+    path = os.fspath(place)
     unusable = [repr(character) for character in path if character in "[*?\\"]
     if any(character in _UNDECODED for character in path):
         is_utf8 = sys.getfilesystemencoding() == "utf-8"
@@ -282,13 +296,16 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
             f"{path}: holds {unusable[0]}, and checkpoints cannot be read from such a path; rename the folder, name "
             "another place, or reach it through a link without it"
         )
+    check_reachable(place)
 
 
-def _aside(path: Path, number: int) -> Path:
+def _aside(path: epath.Path, number: int) -> epath.Path:
     return path.with_name(f"{path.name}.damaged-{number}")
 
 
-def _free_bytes(directory: Path) -> int:
+def _free_bytes(directory: epath.Path) -> float:
+    if is_remote(directory):
+        return math.inf
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 
@@ -327,24 +344,24 @@ def _signatures(parts: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
     return {name: signature({name: part}) for name, part in parts.items()}
 
 
-def _open_again(path: Path, tree: dict[str, dict[str, list[Any]]]) -> None:
-    """Raises _Damaged unless Orbax finds the step as it will when it is restored, every array with its dtype and shape.
+def _open_again(path: epath.Path, tree: dict[str, dict[str, list[Any]]]) -> None:
+    """Raises Damaged unless Orbax finds the step as it will when it is restored, every array with its dtype and shape.
 
     Each array is opened, which reads its header; its numbers are not read: for these the manifest has hashes.
     """
     try:
         opened = ocp.checkpointables_metadata(path).metadata
     except Exception as error:
-        raise _Damaged(f"it cannot be opened again: {' '.join(str(error).split())[:300]}") from error
+        raise Damaged(f"it cannot be opened again: {' '.join(str(error).split())[:300]}") from error
     for name, arrays in tree.items():
         if opened.get(name) is None:  # Orbax tells of a part it cannot open by leaving it out
-            raise _Damaged(f"its part {name} cannot be opened again")
+            raise Damaged(f"its part {name} cannot be opened again")
         leaves = sorted([str(leaf.dtype), list(leaf.shape)] for leaf in jax.tree.leaves(opened[name]))
         if leaves != sorted(arrays.values()):
-            raise _Damaged(f"its part {name} holds other arrays than were written")
+            raise Damaged(f"its part {name} holds other arrays than were written")
 
 
-def _require_same_trees(path: Path, saved_parts: dict[str, Any], wanted_parts: dict[str, Any]) -> None:
+def _require_same_trees(path: epath.Path, saved_parts: dict[str, Any], wanted_parts: dict[str, Any]) -> None:
     """Compares what `_signatures` gave of the same choice of parts; raises one UserError that names arrays."""
     if saved_parts == wanted_parts:
         return
@@ -369,118 +386,3 @@ def _require_same_trees(path: Path, saved_parts: dict[str, Any], wanted_parts: d
         f"checkpoint {path} does not fit this configuration: {'; '.join(differences[:5])}{more}; "
         "use the configuration it was trained with, or another --workdir"
     )
-
-
-def _hash_files(path: Path) -> dict[str, list[Any]]:
-    """{relative path: [size, sha256]} of every file below `path` but the manifest."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(_sha256, files))
-    return {
-        file.relative_to(path).as_posix(): [file.stat().st_size, digest]
-        for file, digest in zip(files, digests, strict=True)
-    }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _seal(line: bytes) -> bytes:
-    return json.dumps({"sha256": hashlib.sha256(line).hexdigest()}).encode()
-
-
-def _write_manifest(path: Path, body: dict[str, Any]) -> None:
-    """Two lines: the hash of the second, and the second: {"format", "step", "meta", "tree", "files"}."""
-    line = json.dumps(body).encode() + b"\n"
-    write_atomic(path / MANIFEST, _seal(line) + b"\n" + line)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The body of the manifest.
-
-    Raises _Damaged when it is missing or a single bit of it has changed, UserError when it is of another format.
-    """
-    try:
-        seal, _, line = (path / MANIFEST).read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        raise _Damaged(f"incomplete, it has no {MANIFEST}") from None
-    if seal != _seal(line):
-        raise _Damaged(f"{MANIFEST} is damaged")
-    body = json.loads(line)
-    if body["format"] != FORMAT:
-        age = "an older" if body["format"] < FORMAT else "a newer"
-        raise UserError(
-            f"checkpoint {path} was written in format {body['format']} by {age} version of vlkd_jax; this one reads "
-            f"format {FORMAT}: finish that run with the version that started it, or train again into another --workdir"
-        )
-    return body
-
-
-def _is_of_another_format(path: Path) -> bool:
-    try:
-        _read_manifest(path)
-    except _Damaged:
-        return False
-    except UserError:
-        return True
-    return False
-
-
-def _verify(path: Path, hashes: bool) -> None:
-    """Raises _Damaged unless every file is there in its size and, with `hashes`, byte for byte."""
-    _compare(path, _read_manifest(path)["files"], hashes)
-
-
-def _compare(path: Path, files: dict[str, list[Any]], hashes: bool) -> None:
-    """`_verify` for some of the files of a manifest."""
-    for name, (size, _) in files.items():
-        file = path / name
-        if not file.is_file():
-            raise _Damaged(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise _Damaged(f"{name} has {file.stat().st_size} bytes instead of {size}")
-    if hashes:
-        with ThreadPoolExecutor(4) as pool:
-            for name, digest in zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True):
-                if digest != files[name][1]:
-                    raise _Damaged(f"the content of {name} has changed since it was written")
-
-
-def _report(error: BaseException | None, value: Any = None) -> dict[str, Any]:
-    """What a process tells the others; the text is cut to what fits into the buffer of `_share`."""
-    text = None if error is None else str(error)[:1000]
-    return {"error": text, "user": isinstance(error, UserError), "value": value}
-
-
-def _share(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The reports of all processes, in order."""
-    if jax.process_count() == 1:
-        return [report]
-    buffer = np.zeros(8192, np.uint8)
-    data = np.frombuffer(json.dumps(report).encode(), np.uint8)
-    buffer[: data.size] = data
-    return [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(buffer)]
-
-
-def _raise_reported(reports: list[dict[str, Any]]) -> None:
-    for index, report in enumerate(reports):
-        if report["error"] is not None:
-            raise (UserError if report["user"] else RuntimeError)(f"process {index}: {report['error']}")
-
-
-def _on_first_process(work: Callable[[], Any]) -> Any:
-    """The JSON value of `work()`, done by process 0 alone; what it raises is raised on every process."""
-    value: Any = None
-    failure: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            value = work()
-        except Exception as error:
-            failure = error
-    reports = _share(_report(failure, value))
-    if failure is not None:
-        raise failure
-    _raise_reported(reports[:1])
-    return reports[0]["value"]

@@ -14,6 +14,7 @@ EXIT_CODES = {
     1: "a fault of the program",
     2: "a mistake in what was given",
     3: "training diverged",
+    4: "no step within watchdog_seconds, or another process was lost",
     130: "stopped by Ctrl-C",
     143: "stopped by SIGTERM",
 }
@@ -67,6 +68,14 @@ class Command:
     exit_codes: Sequence[int] = (0, 1, 2, 130, 143)
 
 
+PROCESSES = (
+    Option("coordinator", "HOST:PORT", "address of process 0; SLURM, Open MPI and TPU pods need none of these three"),
+    Option("processes", "N", "how many processes run this command together", kind="integer", minimum=1),
+    Option("process", "I", "which of them this is, from 0", kind="integer", minimum=0),
+    Option("start_seconds", "N", "how long each waits for the others", kind="integer", default=300, minimum=1),
+)
+"""Options of a command that several processes can run together."""
+
 COMMANDS = {
     "train": Command(
         module="vlkd_jax.train",
@@ -84,9 +93,10 @@ COMMANDS = {
                 overrides="overrides a field; configs/base.py lists every field",
             ),
             Option("workdir", "DIR", "directory of the run", required=True),
+            *PROCESSES,
         ),
         example="--config=shapes_vlkd --workdir=runs/shapes --config.steps=500 --config.optim.lr=3e-5",
-        exit_codes=(0, 1, 2, 3, 130, 143),
+        exit_codes=(0, 1, 2, 3, 4, 130, 143),
     ),
     "evaluate": Command(
         module="vlkd_jax.evaluate",
@@ -106,8 +116,10 @@ COMMANDS = {
             Option("workdir", "OUT", "directory of the results", required=True),
             Option("clip", "DIR", "where the run's CLIP lies now, if it has moved"),
             Option("bart", "DIR", "where the run's BART lies now, if it has moved"),
+            *PROCESSES,
         ),
         example="--config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation",
+        exit_codes=(0, 1, 2, 4, 130, 143),
     ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",
@@ -127,7 +139,7 @@ COMMANDS = {
             ),
         ),
         example="--workdir=runs/demo --seed=1",
-        exit_codes=(0, 1, 2, 3, 130, 143),
+        exit_codes=(0, 1, 2, 3, 4, 130, 143),
     ),
 }
 """The commands of `vlkd`, by name. Programs beside them keep their `Command` in their own module."""

@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vlkd_jax.configs import base
 from vlkd_jax.errors import UserError
 
 BUILTIN = "builtin:"
@@ -69,6 +68,8 @@ def model_directory(name: str) -> Path:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration as it was written, with the default of every field that did not exist then."""
+    from vlkd_jax.configs import base
+
     if "text" in values.get("loss", {}):  # version 1
         values = values | {"loss": {("denoise" if k == "text" else k): v for k, v in values["loss"].items()}}
     return _filled(base.get_config().to_dict(), values)

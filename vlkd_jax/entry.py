@@ -9,12 +9,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from vlkd_jax import runtime
-from vlkd_jax.commands import Command, Option, usage
+from vlkd_jax.commands import PROCESSES, Command, Option, usage
 from vlkd_jax.config import config_path
 from vlkd_jax.errors import UserError
 
@@ -35,7 +36,8 @@ def run(main: Callable[[], None], command: Command, argv: Sequence[str] | None =
     """Defines and parses the command's flags, calls `main`; one line and exit code 2 (3: diverged) on a user's mistake.
 
     Flags are defined here and not on import, so that entry points can import one another. With `--help` it prints the
-    command's help instead. Ctrl-C and SIGTERM are answered as `vlkd_jax.runtime` says.
+    command's help instead. Ctrl-C and SIGTERM are answered as `vlkd_jax.runtime` says. Where several processes run the
+    command together, exit code 4 tells of the loss of another.
     """
     with runtime.watched():
         _run(main, command, argv)
@@ -56,19 +58,52 @@ def _run(main: Callable[[], None], command: Command, argv: Sequence[str] | None)
         _leave(str(e), 2)
     try:
         parse(argv, [option.name for option in command.options if option.required])
-        _check_devices()
+        _start(command)
         main()
+        _finish()
     except runtime.Interrupted as e:
         _leave(str(e), e.code, kind="")
     except UserError as e:
         _leave(str(e), 3 if isinstance(e, Diverged) else 2)
-    except OSError as e:
-        if e.errno == errno.EPIPE:  # Python would flush once more when it ends
-            runtime.leave("error: standard output was closed before the end; send it to a file", 2)
-        message = _mistake(e)
-        if message is None:
+    except BrokenPipeError:  # Python would flush once more when it ends
+        runtime.leave("error: standard output was closed before the end; send it to a file", 2)
+    except Exception as e:
+        message = _mistake(e) if isinstance(e, OSError) else None
+        if message is not None:
+            _leave(message, 2)
+        if runtime.process_index() is None:
             raise
-        _leave(message, 2)
+        _fail(e)
+
+
+def _start(command: Command) -> None:
+    """Raises UserError when the processes of this run do not come together, or jax finds no device."""
+    if not set(PROCESSES) <= set(command.options):
+        _check_devices()
+        return
+    from vlkd_jax import cluster
+
+    cluster.initialize(*(flags.FLAGS[option.name].value for option in PROCESSES), _check_devices)
+    _check_devices()
+    cluster.check_started()
+
+
+def _finish() -> None:
+    if runtime.process_index() is not None:
+        from vlkd_jax import cluster
+
+        cluster.finish()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Leaves one of several processes at once: at its own end JAX would wait for the others."""
+    from vlkd_jax import cluster
+
+    lost = cluster.lost_peer(error)
+    if lost:
+        runtime.leave(str(lost), runtime.LOST)
+    traceback.print_exception(error)
+    runtime.leave(f"{runtime.whose()}this is a fault of the program; the other processes cannot go on without it", 1)
 
 
 def _check_devices() -> None:
@@ -120,7 +155,7 @@ def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) ->
 
 
 def _leave(message: str, code: int, kind: str = "error: ") -> None:
-    if "jax" in sys.modules and _has_threads():
+    if runtime.process_index() is not None or ("jax" in sys.modules and _has_threads()):
         runtime.leave(kind + message, code)
     print(f"{kind}{' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

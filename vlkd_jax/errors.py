@@ -14,3 +14,8 @@ class RecordError(UserError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def few(phrases: list[str], separator: str = ", ") -> str:
+    """At most five of what is to be said, and how many more there are."""
+    return separator.join(phrases[:5]) + (f" and {len(phrases) - 5:,} more" if len(phrases) > 5 else "")

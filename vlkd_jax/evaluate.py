@@ -8,27 +8,28 @@ for suites of published benchmarks also OUT/NAME/results.json in their servers' 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from vlkd_jax import entry
+from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.data.sources import counted, has_lone_surrogate
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.suite import Match, Prompt, Row, Suite, predict_rows
 from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.metrics import peak_memory, say
+from vlkd_jax.sharding import make_mesh
+from vlkd_jax.storage import AnyPath, Mirror, locate, make_directory, write_atomic
 from vlkd_jax.vlkd import VLKD, run_config
-from vlkd_jax.workdir import output_directory, write_atomic
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -86,7 +87,11 @@ def read_items(suites: ConfigDict) -> dict[str, list[Prompt | Match]]:
 
 
 def evaluate(
-    suites: ConfigDict, items: dict[str, list[Prompt | Match]], model: VLKD, workdir: Path, start: VLKD | None = None
+    suites: ConfigDict,
+    items: dict[str, list[Prompt | Match]],
+    model: VLKD,
+    workdir: AnyPath,
+    start: VLKD | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs every suite of `suites.suites` and gives (name, metrics) when it is done, its predictions on disk.
 
@@ -109,7 +114,9 @@ def evaluate(
         yield name, metrics
 
 
-def _run(kind: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: int, directory: Path) -> dict[str, Any]:
+def _run(
+    kind: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: int, directory: AnyPath
+) -> dict[str, Any]:
     rows = write_rows(directory, predict_rows(kind, items, model, batch_size))
     scored = [row for row in rows if "score" in row]
     metrics = kind.score(scored) if scored else {"n": 0}
@@ -121,31 +128,38 @@ def _run(kind: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: 
     if escaped:
         say(f"{directory / PREDICTIONS}: {escaped} row(s) hold half an emoji, which stands escaped; the model read ?")
         metrics["escaped"] = escaped
-    if kind.results:
+    if kind.results and processes.is_first():
         text = json.dumps(kind.results(rows), indent=1)
         write_atomic(directory / RESULTS, (text + "\n").encode())
     return metrics
 
 
-def write_rows(directory: Path, rows: Iterable[Row]) -> list[Row]:
-    """Writes rows as they come, a JSON object a line, and returns them.
+def write_rows(directory: AnyPath, rows: Iterable[Row]) -> list[Row]:
+    """Writes rows as they come, a JSON object a line, and returns them. Every process calls it, process 0 writes.
 
     They go to `directory/predictions.jsonl.part`, which becomes predictions.jsonl at the end: what had been computed
-    stays there whatever happens. Half an emoji (a lone surrogate), which UTF-8 cannot hold, becomes its JSON escape.
+    stays there whatever happens, in an object store as far as `storage.Mirror` had copied it. Half an emoji (a lone
+    surrogate), which UTF-8 cannot hold, becomes its JSON escape.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    part, written = directory / f"{PREDICTIONS}.part", []
-    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-            written.append(row)
-    part.replace(directory / PREDICTIONS)
+    if not processes.is_first():
+        return list(rows)
+    written = []
+    with Mirror(make_directory(directory)) as mirror:
+        part = mirror.local / f"{PREDICTIONS}.part"
+        with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+            mirror.copy()  # over the part that a run cut off has left
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+                written.append(row)
+                if mirror.due():
+                    mirror.copy()
+        part.replace(mirror.local / PREDICTIONS)
     return written
 
 
-def read_rows(directory: Path) -> list[Row]:
+def read_rows(directory: AnyPath) -> list[Row]:
     """The rows that `write_rows` wrote there."""
-    return [json.loads(line) for line in (directory / PREDICTIONS).read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line) for line in (directory / PREDICTIONS).read_bytes().decode().split("\n") if line]
 
 
 def circumstances(seed: int) -> dict[str, Any]:
@@ -169,17 +183,19 @@ def main() -> None:
     check_suites(suites)
     checkpoint, moved = flags.FLAGS.checkpoint, {"clip": flags.FLAGS.clip, "bart": flags.FLAGS.bart}
     config, items = run_config(checkpoint), read_items(suites)
-    workdir, results = output_directory(flags.FLAGS.workdir), {}
-    model = VLKD.from_run(checkpoint, **moved)
+    results, workdir, mesh = {}, locate(flags.FLAGS.workdir), make_mesh(suites.mesh)
+    processes.on_first(lambda: os.fspath(make_directory(workdir)))
+    model = VLKD.from_run(checkpoint, **moved, mesh=mesh)
     wants_start = any(suites[name].get("baselines") for name in suites.suites)
-    start = VLKD.from_run(checkpoint, at_start=True, **moved) if wants_start else None
+    start = VLKD.from_run(checkpoint, at_start=True, **moved, mesh=mesh) if wants_start else None
     about = {"checkpoint": model.identity, **circumstances(config.seed), "dtype": config.dtype}
-    about |= {"batch_size": suites.batch_size, "decoding": "greedy"}
+    about |= {"batch_size": suites.batch_size, "decoding": "greedy", "mesh": dict(mesh.shape)}
     for name, metrics in evaluate(suites, items, model, workdir, start):
         results[name] = metrics
         unfinished = [other for other in suites.suites if other not in results]
         result = {"suites": results, "unfinished": unfinished, **about, "peak_memory": peak_memory()}
-        write_atomic(workdir / METRICS, (json.dumps(result, indent=1) + "\n").encode())
+        if processes.is_first():
+            write_atomic(workdir / METRICS, (json.dumps(result, indent=1) + "\n").encode())
     say(f"wrote {workdir / METRICS}")
     for name, metrics in results.items():
         say(f"{name}: " + "  ".join(_headlines(metrics)))

@@ -5,19 +5,21 @@ Paths say where a file lay, not what it held: weights or tokenizers of equal sha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
+from vlkd_jax import processes
 from vlkd_jax.config import BUILTIN, model_directory
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import files_read
-from vlkd_jax.workdir import write_atomic
+from vlkd_jax.manifest import file_sha256
+from vlkd_jax.storage import locate, write_atomic
 
 INPUTS_FILE = "inputs.json"
 TEXTS_OF_THE_RUN = ("", "captions", "shapes_texts")
@@ -62,11 +64,15 @@ def hash_inputs(config: ConfigDict, fields: Sequence[str] = FIELDS) -> Hashes:
     """The sha256 of every file of the teacher, the student's start, the captions and replayed texts.
 
     Tokenizers and preprocessing are among a model's files. Files that are not there are left out: what reads them tells
-    more about it. Pictures are not hashed.
+    more about it. Pictures are not hashed. Every process calls this; process 0 reads the files and tells the others.
 
     Args:
       fields: those of `FIELDS` to look at.
     """
+    return processes.on_first(lambda: _hash_inputs(config, fields))
+
+
+def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
     files: dict[str, list[Path]] = {}
     for field in MODELS:
         if config[field] and (directory := model_directory(config[field])).is_dir():
@@ -77,28 +83,29 @@ def hash_inputs(config: ConfigDict, fields: Sequence[str] = FIELDS) -> Hashes:
     files = {field: paths for field, paths in files.items() if field in fields}
     with ThreadPoolExecutor(4) as pool:
         return {
-            field: dict(zip((path.name for path in paths), pool.map(_sha256, paths), strict=True))
+            field: dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
             for field, paths in files.items()
         }
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def record_inputs(workdir: str | os.PathLike[str], inputs: Hashes) -> None:
+    """Keeps the hashes of what a run starts with in its workdir. Every process calls this, process 0 writes."""
+    path, text = locate(workdir) / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n"
+    processes.on_first(lambda: write_atomic(path, text.encode()))
 
 
-def record_inputs(workdir: Path, inputs: Hashes) -> None:
-    """Keeps the hashes of what a run starts with in its workdir."""
-    write_atomic(workdir / INPUTS_FILE, (json.dumps(inputs, indent=1) + "\n").encode())
-
-
-def read_inputs(workdir: Path) -> Hashes:
+def read_inputs(workdir: str | os.PathLike[str]) -> Hashes:
     """What the run in `workdir` started with; {} when nothing was started there, or by a version that kept no record.
+
+    Every process calls this; process 0 reads and tells the others.
 
     Raises:
       UserError: the record is damaged.
     """
-    path = workdir / INPUTS_FILE
+    return processes.on_first(lambda: _read_inputs(locate(workdir) / INPUTS_FILE))
+
+
+def _read_inputs(path: epath.Path) -> Hashes:
     if not path.is_file():
         return {}
     try:
@@ -108,16 +115,22 @@ def read_inputs(workdir: Path) -> Hashes:
         raise UserError(f"{path}: not readable as the hashes of this run's files ({e}); restore it") from e
 
 
-def check_inputs(workdir: Path, config: ConfigDict, now: Hashes, fields: Sequence[str] = FIELDS) -> None:
+def check_inputs(
+    workdir: str | os.PathLike[str], config: ConfigDict, now: Hashes, fields: Sequence[str] = FIELDS
+) -> None:
     """Compares `now`, the hashes of what `config` names, with those that the run in `workdir` started with.
 
     What the files hold counts, not where they lie, nor how a single file is called. A workdir without a record is let
-    pass.
+    pass. Every process calls this; process 0 compares, and what is wrong is an error on each.
 
     Raises:
       UserError: naming every file of `fields` that is another one, is gone, or was not there at the start.
     """
-    start = read_inputs(workdir)
+    processes.on_first(lambda: _check_inputs(locate(workdir), config, now, fields))
+
+
+def _check_inputs(workdir: epath.Path, config: ConfigDict, now: Hashes, fields: Sequence[str]) -> None:
+    start = _read_inputs(workdir / INPUTS_FILE)
     wrong = [line for field in sorted(fields) for line in _changes(config, field, start, now)] if start else []
     if wrong:
         raise UserError(

@@ -6,38 +6,53 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 
 import jax
 
+from vlkd_jax import processes, runtime
+from vlkd_jax.storage import AnyPath, Mirror
+
+METRICS_FILE = "metrics.jsonl"
 RATES = ("images_per_second", "data_wait")
 
 
 class MetricWriter:
     """Appends numbers to `workdir/metrics.jsonl` and to TensorBoard events (tensorboardX; no TensorFlow needed).
 
-    Use it in a `with` block: leaving the block, also by an exception, flushes the events.
+    Every process makes the same calls, process 0 writes. Use it in a `with` block: leaving the block, also by an
+    exception, flushes the events. In an object store both appear as `storage.Mirror` copies them.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: AnyPath):
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        self._board = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
+        self._mirror = Mirror(workdir)
+        self._mirror.fetch(METRICS_FILE)
+        self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), flush_secs=30)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line {"step", "kind", "time", name: value, ...} and one scalar `kind/name` each."""
+        if not self._writes:
+            return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._mirror.local / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._mirror.due():
+            self._board.flush()
+            self._mirror.copy()
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._board.close()
+        if self._writes:
+            with self._mirror:
+                self._board.close()
 
 
 class Progress:
@@ -83,7 +98,15 @@ def peak_memory() -> dict[str, float]:
     return gib | ({"device_gib": max(used) / 2**30} if any(used) else {})
 
 
-def say(text: str) -> None:
-    """Prints a line at once (standard output may be a file); what its encoding lacks is escaped."""
+def say(text: str, everywhere: bool = False) -> None:
+    """Prints a line at once (standard output may be a file); what its encoding lacks is escaped.
+
+    Process 0 speaks for all. What concerns one process is said `everywhere`, with the process in front where there are
+    several.
+    """
+    if everywhere:
+        text = runtime.whose() + text
+    elif runtime.process_index():
+        return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -10,9 +10,8 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from vlkd_jax.types import Params
+from vlkd_jax.types import ConfigDict, Params
 
 MAX_LOGIT_SCALE = 100.0
 """Largest inverse temperature of the contrastive loss (Radford et al. 2021, section 2.5)."""

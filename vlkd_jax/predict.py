@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vlkd_jax import decoding
+from vlkd_jax import decoding, sharding
 from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import pad
 from vlkd_jax.errors import UserError
@@ -66,7 +66,7 @@ def generate(
         texts = _texts(model, rows, max_new_tokens, batch_size)
         image = None if rows[0].image is None else _image_memory(model, rows, batch_size)
         limits = {"vocab_size": model.bart_text.vocab_size, "max_new_tokens": max_new_tokens}
-        ids = _generate(model.bart, model.bart_params, image, *texts, **limits)
+        ids = _on_mesh(model, _generate, (model.bart, model.bart_params), (image, *texts), **limits)
         for row in np.asarray(ids)[: len(rows)]:
             yield model.bart_text.decode(row[row != model.bart_text.pad])
 
@@ -97,9 +97,10 @@ def _image_memory(model: VLKD, rows: list[Request], batch_size: int) -> tuple[de
     number: dict[int, int] = {}
     image_of = [number.setdefault(id(row.image), len(number)) for row in rows]
     images = {image: row.image for image, row in zip(image_of, rows, strict=True)}
-    room = min(1 << (len(images) - 1).bit_length(), batch_size)  # powers of two: few shapes are compiled
-    pixels = _pixels(model, images.values(), room)
-    memory = _project_images(model.student, model.teacher, model.image_tokens, model.params, model.clip_params, pixels)
+    room = 1 << (len(images) - 1).bit_length()  # powers of two: few shapes are compiled
+    pixels = _pixels(model, images.values(), min(max(room, sharding.row_shards(model.mesh)), batch_size))
+    models = model.student, model.teacher, model.image_tokens, model.params, model.clip_params
+    memory = _on_mesh(model, _project_images, models, (pixels,))
     return memory, np.array(image_of + [0] * (batch_size - len(rows)))
 
 
@@ -131,14 +132,16 @@ def _generate(
     for ids, mask in [text for text in (context, source) if text is not None]:
         hidden = bart.apply({"params": params}, ids, mask, method="encode")
         memories.append(decoding.project_memory(bart, params, hidden, mask))
-    return decoding.greedy(bart, params, decoding.join_memories(*memories), *prefix, max_new_tokens)
+    ids = decoding.greedy(bart, params, decoding.join_memories(*memories), *prefix, max_new_tokens)
+    return sharding.constrain(ids)  # whole on every process
 
 
 def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_size: int = BATCH_SIZE) -> np.ndarray:
     """The teacher's image embeddings [n, E], L2-normalised."""
 
     def embed(rows: list[Image.Image | np.ndarray]) -> Array:
-        return _embed_images(model.teacher, model.clip_params, _pixels(model, rows, batch_size))
+        pixels = _pixels(model, rows, batch_size)
+        return _on_mesh(model, _embed_images, (model.teacher, model.clip_params), (pixels,))
 
     return _over_batches(embed, images, batch_size)
 
@@ -146,7 +149,7 @@ def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_images(teacher: Clip, params: Params, pixels: Array) -> Array:
     normalised = normalize_pixels(pixels, teacher.config.preprocessing)
-    return teacher.apply({"params": params}, normalised, method="encode_images").embedding
+    return sharding.constrain(teacher.apply({"params": params}, normalised, method="encode_images").embedding)
 
 
 def embed_texts(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:
@@ -160,7 +163,8 @@ def embed_texts(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE)
     width = _width(ids, model.bart.config.max_position_embeddings)
 
     def embed(rows: list[list[int]]) -> Array:
-        return _embed_texts(model.student, model.params, *pad(_fill(rows, batch_size), width, text.pad))
+        padded = pad(_fill(rows, batch_size), width, text.pad)
+        return _on_mesh(model, _embed_texts, (model.student, model.params), padded)
 
     return _over_batches(embed, ids, batch_size)
 
@@ -170,7 +174,7 @@ def _embed_texts(student: Student, params: Params, ids: Array, mask: Array) -> A
     def read(student: Student) -> Array:
         return student.embed_sentence(student.encode(ids, mask), mask)
 
-    return student.apply({"params": params}, method=read)
+    return sharding.constrain(student.apply({"params": params}, method=read))
 
 
 def embed_texts_clip(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:
@@ -180,14 +184,25 @@ def embed_texts_clip(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_
     ids = [row if len(row) <= width else [*row[: width - 1], row[-1]] for row in ids]
 
     def embed(rows: list[list[int]]) -> Array:
-        return _embed_texts_clip(model.teacher, model.clip_params, *pad(_fill(rows, batch_size), width, text.pad))
+        padded = pad(_fill(rows, batch_size), width, text.pad)
+        return _on_mesh(model, _embed_texts_clip, (model.teacher, model.clip_params), padded)
 
     return _over_batches(embed, ids, batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_texts_clip(teacher: Clip, params: Params, ids: Array, mask: Array) -> Array:
-    return teacher.apply({"params": params}, ids, mask, method="encode_texts")
+    return sharding.constrain(teacher.apply({"params": params}, ids, mask, method="encode_texts"))
+
+
+def _on_mesh(model: VLKD, function: Callable, models: tuple, inputs, **options):
+    """`function(*models, *inputs)` on the model's devices, over which rows of the inputs (numpy) are spread."""
+
+    def put(rows):
+        return sharding.put_rows(model.mesh, rows) if isinstance(rows, np.ndarray) else rows
+
+    with jax.set_mesh(model.mesh):
+        return function(*models, *jax.tree.map(put, inputs), **options)
 
 
 def _over_batches(function: Callable[[list[Item]], Array], items: Iterable[Item], batch_size: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vlkd_jax import entry, runtime, sharding, whitening
+from vlkd_jax import entry, processes, runtime, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints, check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
@@ -36,19 +36,22 @@ from vlkd_jax.identity import Hashes, check_inputs, hash_inputs, record_inputs, 
 from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.step import make_train_step
+from vlkd_jax.storage import AnyPath, locate, write_atomic
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Batch, Params, TrainState
-from vlkd_jax.workdir import claim, write_atomic
+from vlkd_jax.workdir import claim, flatten
 
 MAY_CHANGE = (
-    *("steps", "log_every", "save_every", "keep", "mesh", "data.threads", "data.max_unusable"),
+    *("steps", "log_every", "save_every", "keep", "mesh", "watchdog_seconds", "data.threads", "data.max_unusable"),
     *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
 BOUNDS = {
-    **dict.fromkeys(("steps", "batch_size", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
-    **dict.fromkeys(("seed", "data.threads", "data.context_length", "eval.every", "eval.questions"), "[0, inf)"),
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
+    **dict.fromkeys(
+        ("seed", "watchdog_seconds", "data.threads", "data.context_length", "eval.every", "eval.questions"), "[0, inf)"
+    ),
     **{
         "data.twins": "[1, inf)",
         "eval.batches": "[1, inf)",
@@ -64,6 +67,8 @@ BOUNDS = {
     **{"optim.clip_norm": "[0, inf)", "optim.eps": "(0, inf)", "corruption.poisson": "(0, inf)"},
 }
 """The interval in which the value of a config field must lie."""
+TOLD = ("updates", "skipped_in_row", "asked")
+"""Metrics of a step that the loop itself reads, and no log line."""
 STOPPED = "stopped.json"
 """The file in a workdir that says early stopping has ended the run."""
 
@@ -78,23 +83,29 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     check_directory(workdir)
     check_config(config)
     config, defaults = with_absolute_paths(config), base.get_config().to_dict()
-    inputs, may_change = hash_inputs(config), MAY_CHANGE
-    if any(Path(workdir).glob("checkpoints/step_*")):  # what has saved nothing yet may begin with other files
-        check_inputs(Path(workdir), config, inputs)
+    told = json.loads(config.to_json_best_effort())
+    processes.check_alike(flatten(told))
+    inputs, may_change, saved = hash_inputs(config), MAY_CHANGE, locate(workdir) / "checkpoints"
+    if processes.on_first(lambda: any(saved.glob("step_*"))):  # what has saved nothing may begin with other files
+        check_inputs(workdir, config, inputs)
         if "data.replay" in inputs:  # it is a file, and that of the start
             may_change += ("data.replay",)
-    with claim(workdir, json.loads(config.to_json_best_effort()), may_change, defaults) as directory:
-        mesh, task = sharding.make_mesh(config.mesh.data), make_task(config)
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch_size(config, mesh)
+    task = make_task(config)
+    with claim(workdir, told, may_change, defaults) as directory, jax.set_mesh(mesh):
         sources = train_sources(config, task)
         optimizer = make_optimizer(config.optim, config.steps, task.new)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
-            frozen = task.load_frozen(sharding.replicated(mesh))
+            abstract = abstract_state(task, optimizer, mesh)
+            frozen = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))
+            sharding.check_rules([abstract.parts(), frozen])
             if checkpoints.latest() is None:
                 record_inputs(directory, inputs)
-                params = whitened(config, task, task.load_params(sharding.replicated(mesh)), frozen, mesh)
-                state, meta = start_state(params, optimizer, mesh), {}
+                params = task.load_params(sharding.shardings(task.abstract()[0], mesh))
+                state, meta = start_state(whitened(config, task, params, frozen, mesh), optimizer, mesh), {}
             else:
-                step, parts, meta = checkpoints.restore(abstract_state(task, optimizer, mesh).parts())
+                step, parts, meta = checkpoints.restore(abstract.parts())
                 state = TrainState.from_parts(parts)
                 _tell_changed_schedule(config, meta["steps"], step)
             meta = _meta(config, task, inputs) | {"retention_start": meta.get("retention_start")}
@@ -109,7 +120,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 sources=sources,
                 meta=meta,
             )
-            return loop.run(state, make_train_step(task, optimizer, config.dropout, config.seed))
+            return loop.run(state, make_train_step(task, optimizer, config.dropout, config.seed, config.accumulate))
 
 
 def check_config(config: ConfigDict) -> None:
@@ -128,9 +139,16 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("config.early_stop.metric needs evaluations; set config.eval.every to a number of steps")
     if config.optim.schedule not in ("constant", "linear", "cosine"):
         raise UserError(f"config.optim.schedule is {config.optim.schedule!r}; it is one of constant, linear, cosine")
-    devices = jax.device_count() if config.mesh.data == -1 else config.mesh.data
-    if config.batch_size % max(devices, 1):
-        raise UserError(f"config.batch_size is {config.batch_size}; it must be a multiple of the {devices} devices")
+
+
+def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError when a batch cannot be split over the devices and the parts of an accumulated step."""
+    parts = sharding.row_shards(mesh) * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of {parts}, the product of mesh.data "
+            f"{mesh.shape['data']}, mesh.fsdp {mesh.shape['fsdp']} and accumulate {config.accumulate}"
+        )
 
 
 def _tell_changed_schedule(config: ConfigDict, before: int, step: int) -> None:
@@ -160,13 +178,16 @@ def whitened(config: ConfigDict, task: Task, params: Params, frozen: Frozen, mes
     """The parameters as training starts: where a student whitens, that is set from the first training images."""
     if not task.whiten:
         return params
-    statistics = whitening.estimate(task, frozen["clip"], train_stream(config, task, 0), mesh)
-    return params | {"image_whitening": jax.device_put(statistics, sharding.replicated(mesh))}
+    stream = train_stream(config, task, 0, share=sharding.data_share(mesh))
+    statistics = whitening.estimate(task, frozen["clip"], stream, mesh)
+    return params | {"image_whitening": sharding.put_everywhere(mesh, statistics)}
 
 
 def start_state(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state at step 0, every leaf a global array on the mesh (the scalars are made under jit: Orbax needs that)."""
-    return jax.jit(functools.partial(_start, optimizer), out_shardings=sharding.replicated(mesh))(params)
+    """The state at step 0, laid out by the rules (also the scalars are made under jit: Orbax needs global arrays)."""
+    start = functools.partial(_start, optimizer)
+    layout = sharding.shardings(jax.eval_shape(start, params), mesh)
+    return jax.jit(start, out_shardings=layout, donate_argnums=0)(params)  # a second copy may not fit
 
 
 def _start(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
@@ -177,7 +198,7 @@ def _start(optimizer: optax.GradientTransformation, params: Params) -> TrainStat
 def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, from the configuration alone."""
     shapes = jax.eval_shape(functools.partial(_start, optimizer), task.abstract()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), shapes)
+    return sharding.laid_out(shapes, mesh)
 
 
 class NanGuard:
@@ -221,7 +242,7 @@ class _Loop:
     """One run of the loop, with what it reads from and reports to."""
 
     config: ConfigDict
-    directory: Path
+    directory: AnyPath
     task: Task
     frozen: Frozen
     mesh: jax.sharding.Mesh
@@ -245,7 +266,7 @@ class _Loop:
           Interrupted: after Ctrl-C or SIGTERM, once the step under way is saved.
         """
         config, start = self.config, int(state.step)
-        if start >= config.steps or self.stopped.exists():
+        if start >= config.steps or processes.on_first(self.stopped.exists):
             say(f"nothing to do: this run is complete at step {start}")
             return state
         self._introduce(state, start)
@@ -254,32 +275,43 @@ class _Loop:
             self._evaluate(0, state, progress)
             if self.early_stop.metric:
                 self._save(0, state)
-        step_function = jax.jit(step_function, donate_argnums=0, out_shardings=sharding.replicated(self.mesh))
-        with runtime.deferred() as signal_number:
-            return self._steps(state, step_function, progress, signal_number)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(self.mesh)
+        step_function = jax.jit(_with_signals(step_function), donate_argnums=0, out_shardings=layout)
+        with runtime.deferred() as signal_number, runtime.Watchdog(config.watchdog_seconds) as watchdog:
+            return self._steps(state, step_function, progress, signal_number, watchdog)
 
     def _introduce(self, state: TrainState, start: int) -> None:
         config = self.config
         trained = {name: value for name, value in state.params.items() if name not in self.task.fixed}
+        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         say(
             f"{config.objective}: {count_parameters(trained):,} parameters trained, "
-            f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s), step {start} of {config.steps}"
+            f"{count_parameters(self.frozen):,} frozen, {self.mesh.size} device(s){axes and f' ({axes})'}, "
+            f"step {start} of {config.steps}"
         )
         say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
         for line in text_lengths(config, self.task, self.sources):
             say(line)
 
     def _steps(
-        self, state: TrainState, step_function, progress: Progress, signal_number: Callable[[], int | None]
+        self,
+        state: TrainState,
+        step_function,
+        progress: Progress,
+        signal_number: Callable[[], int | None],
+        watchdog: runtime.Watchdog,
     ) -> TrainState:
-        config, start = self.config, progress.last_step
+        config, start, alone, asked = self.config, progress.last_step, jax.process_count() == 1, 0
         guard = NanGuard(config.nan_limit)
-        stream = train_stream(config, self.task, start, self.unusable, self.sources)
+        share = sharding.data_share(self.mesh)
+        stream = train_stream(config, self.task, start, self.unusable, self.sources, share)
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
             # returns at once: while the device runs this step, the next batch is read and put there
-            state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)))
+            here = sharding.put_each(self.mesh, signal_number() or 0)
+            state, metrics = step_function(state, self.frozen, sharding.put(self.mesh, batch.replace(index=None)), here)
             guard.add(step, metrics["skipped_in_row"], batch.index)
             guard.look(but_last=step % config.save_every != 0 and step != config.steps)
+            watchdog.beat(step)
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 progress.rates(step)  # the first step compiles: it is left out of the rates
@@ -292,9 +324,11 @@ class _Loop:
             due = evaluated if self.early_stop.metric else step % config.save_every == 0 or step == config.steps
             if due:  # with early stopping only states that were evaluated are kept
                 self._save(step, state)
-            if number := signal_number():
+            # of several processes all have to stop at one step: what they were told of the step before says which
+            if number := signal_number() if alone else int(asked):
                 guard.look(but_last=False)
                 self._interrupt(number, step, state)
+            asked = metrics["asked"]
             if step == config.steps:
                 break
         self.checkpoints.wait()
@@ -316,9 +350,10 @@ class _Loop:
             yield batch
 
     def _log(self, step: int, state: TrainState, metrics: dict, progress: Progress) -> None:
-        values = {name: float(value) for name, value in metrics.items() if name not in ("updates", "skipped_in_row")}
+        values = {name: float(value) for name, value in metrics.items() if name not in TOLD}
         rate = float(self.rate(int(metrics["updates"])))  # skipped steps do not move the optimizer's schedule on
-        counts = {"skipped": int(state.skipped), "unusable_records": self.unusable.reasons.total()}
+        unusable = sum(processes.share(self.unusable.reasons.total()))
+        counts = {"skipped": int(state.skipped), "unusable_records": unusable}
         values = {**progress.rates(step), "lr": rate, **values, **counts}
         self.writer.write(step, "train", values)
         say(progress.line(step, {k: v for k, v in values.items() if k not in counts or v}))
@@ -351,10 +386,21 @@ class _Loop:
         """The newest checkpoint: the last evaluated state that was within the limit. The run is marked as complete."""
         self.checkpoints.wait()
         good, parts, _ = self.checkpoints.restore(jax.tree.map(_abstract, state.parts()))
-        write_atomic(self.stopped, (json.dumps({"stopped_at": step, "checkpoint": good}) + "\n").encode())
+        stopped = (json.dumps({"stopped_at": step, "checkpoint": good}) + "\n").encode()
+        processes.on_first(lambda: write_atomic(self.stopped, stopped))
         self._finish(step)
         say(f"the checkpoint of step {good} stands")
         return TrainState.from_parts(parts)
+
+
+def _with_signals(step_function):
+    """The step function with an argument more, each process's signal number; the largest is among its metrics."""
+
+    def stepped(state: TrainState, frozen: Frozen, batch: Batch, asked: jax.Array):
+        state, metrics = step_function(state, frozen, batch)
+        return state, metrics | {"asked": jnp.max(asked)}
+
+    return stepped
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

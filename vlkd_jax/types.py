@@ -26,11 +26,17 @@ except ImportError:  # only the tests check shapes; the models run without it
 
     Bool = Float32 = Int = Key = UInt8 = Float
 
+try:
+    from ml_collections import ConfigDict
+except ImportError:  # whoever builds a task from its models' configurations has none
+    ConfigDict = Any
+
 __all__ = [
     "Array",
     "ArrayLike",
     "Batch",
     "Bool",
+    "ConfigDict",
     "DTypeLike",
     "Float",
     "Float32",

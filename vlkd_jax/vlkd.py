@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlkd_jax import predict
+from vlkd_jax import predict, sharding
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
@@ -25,7 +26,8 @@ from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 from vlkd_jax.models.vlkd import Student
-from vlkd_jax.sharding import make_mesh, replicated
+from vlkd_jax.sharding import one_device
+from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Params
@@ -48,6 +50,7 @@ class VLKD:
       student, params: BART and the linears; None where there is only a BART.
       teacher, clip_params: CLIP; clip_text: its tokenizer; None where there is only a BART.
       configs: "bart" and "clip", as their directories have them.
+      mesh: the devices that hold the parameters; batches are spread over them.
       image_tokens: which of the teacher's image tokens the student reads.
       identity: where it comes from: {"directory", "step", "inputs": sha256 of the files it began with}.
     """
@@ -56,6 +59,7 @@ class VLKD:
     bart_params: Params
     bart_text: BartText
     configs: dict[str, BartConfig | ClipConfig]
+    mesh: Mesh
     student: Student | None = None
     params: Params | None = None
     teacher: Clip | None = None
@@ -65,8 +69,8 @@ class VLKD:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, task: Task, params: Params, frozen: Frozen, identity: dict[str, Any] | None = None) -> VLKD:
-        """What a task trains, with these parameters: a student, or the BART of a text-only task.
+    def of(cls, task: Task, params: Params, frozen: Frozen, mesh: Mesh, identity: dict[str, Any] | None = None) -> VLKD:
+        """What a task trains, with these parameters on `mesh`: a student, or the BART of a text-only task.
 
         Raises:
           UserError: the task trains neither.
@@ -74,7 +78,7 @@ class VLKD:
         if "bart" not in task.configs:
             raise UserError("this run trains a CLIP; only a run of objective vlkd or bart_denoise can be used here")
         bart = Bart(task.configs["bart"], dtype=task.module.dtype)
-        common = {"bart": bart, "bart_text": task.encoder.bart_text, "configs": task.configs}
+        common = {"bart": bart, "bart_text": task.encoder.bart_text, "configs": task.configs, "mesh": mesh}
         common["identity"] = identity or {}
         if task.teacher is None:
             return cls(bart_params=params, **common)
@@ -96,26 +100,28 @@ class VLKD:
         at_start: bool = False,
         clip: str | Path | None = None,
         bart: str | Path | None = None,
+        mesh: Mesh | None = None,
     ) -> VLKD:
         """The student of a training run's newest checkpoint; with `at_start` as it was before the first step.
 
         Args:
           clip, bart: where the models of the run's start lie now, if not where it found them.
+          mesh: the devices to use, as `sharding.make_mesh` gives them, whatever the run was trained on; default: one.
 
         Raises:
           UserError: no run there, no checkpoint yet, the models have moved or changed, or the run is not of objective
             vlkd.
         """
-        task, params, step = load_run(directory, clip, bart)
+        mesh = one_device() if mesh is None else mesh
+        task, params, step = load_run(directory, clip, bart, mesh)
         if task.teacher is None:
             raise UserError(f"{directory}: that run trains no student; give a run of objective vlkd")
-        shared = replicated(make_mesh(1))
+        layout, frozen_layout = (sharding.shardings(part, mesh) for part in task.abstract())
         if at_start:
             set_at_start = {name: value for name, value in params.items() if name in task.fixed}
-            params, step = task.load_params(shared) | set_at_start, 0
-        identity = {"directory": str(Path(directory).absolute()), "step": step}
-        identity["inputs"] = read_inputs(Path(directory))
-        return cls.of(task, params, task.load_frozen(shared), identity)
+            params, step = task.load_params(layout) | set_at_start, 0
+        identity = {"directory": os.fspath(locate(directory)), "step": step, "inputs": read_inputs(directory)}
+        return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity)
 
     def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
         """Zero-shot answers, one for each picture and its question.
@@ -161,28 +167,32 @@ def open_picture(picture: Picture) -> Image.Image | np.ndarray:
 
 def run_config(directory: str | Path) -> ConfigDict:
     """The configuration of a training run. Raises UserError when there is none."""
-    path = Path(directory) / CONFIG_FILE
+    path = locate(directory) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG_FILE} there; it is no --workdir of a training run")
     return ConfigDict(with_defaults(read_json(path)))
 
 
 def load_run(
-    directory: str | Path, clip: str | Path | None = None, bart: str | Path | None = None
+    directory: str | Path,
+    clip: str | Path | None = None,
+    bart: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Task, Params, int]:
     """(task, trained parameters, step) of a training run's newest checkpoint; its optimizer is not read.
 
     Args:
       clip, bart: where the models of the run's start lie now, if not where it found them.
+      mesh: as for `VLKD.from_run`.
 
     Raises:
       UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
     """
     config = run_config(directory)
     config.update({name: str(place) for name, place in (("clip", clip), ("bart", bart)) if place})
-    check_inputs(Path(directory), config, hash_inputs(config, MODELS), MODELS)
-    task, shared = make_task(config), replicated(make_mesh(1))
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), task.abstract()[0])
-    with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
+    check_inputs(directory, config, hash_inputs(config, MODELS), MODELS)
+    task = make_task(config)
+    params = sharding.laid_out(task.abstract()[0], one_device() if mesh is None else mesh)
+    with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
         step, parts, _ = checkpoints.restore({"params": params})
     return task, parts["params"], step

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlkd_jax import sharding
+from vlkd_jax import processes, sharding
 from vlkd_jax.models.clip import normalize_pixels
 from vlkd_jax.tasks.distill import select_tokens
 from vlkd_jax.tasks.task import Task
@@ -47,11 +47,12 @@ def estimate(task: Task, clip_params: Params, stream: Iterator[Batch], mesh: jax
     seen, total, outer = 0, 0.0, 0.0
     while seen < task.whiten:
         pixels = sharding.put(mesh, next(stream).pixels)
-        batch_sums = jax.device_get(compiled(clip_params, pixels))
+        batch_sums = jax.device_get(compiled(clip_params, pixels))  # replicated: every process has all of it
         total, outer = total + batch_sums[0].astype(np.float64), outer + batch_sums[1].astype(np.float64)
         seen += pixels.shape[0]
     mean = total / seen
-    return {"mean": mean.astype(np.float32), "matrix": zca(outer / seen - np.outer(mean, mean))}
+    statistics = {"mean": mean.astype(np.float32), "matrix": zca(outer / seen - np.outer(mean, mean))}
+    return processes.broadcast(statistics)  # two machines' eigenvectors may differ in their last bits
 
 
 def zca(covariance: Float[np.ndarray, "D D"]) -> Float32[np.ndarray, "D D"]:

@@ -69,10 +69,9 @@ def test_pairs_start_late_too(encoders):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batch(encoders, count):
     whole = take(8, Numbers(), encoders[1])
-    parts = [take(8, Numbers(), encoders[1], process=(p, count)) for p in range(count)]
+    parts = [take(8, Numbers(), encoders[1], share=(p, count)) for p in range(count)]
     for step, batch in enumerate(whole):
-        rows = [jax.tree.map(lambda x, r=r: x[r // count], parts[r % count][step]) for r in range(4)]
-        same([batch], [jax.tree.map(lambda *leaves: np.stack(leaves), *rows)])
+        same([batch], [jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -269,10 +268,9 @@ def test_bad_records_are_replaced_where_they_stand(encoders, shuffle, capsys):
                 jax.tree.map(lambda a, b, k=k: np.testing.assert_array_equal(a[k], b[k]), ours, theirs)
     assert replaced == sum(np.isin(batch.index, (3, 8)).sum() for batch in whole) >= 4
     same(take(9, SomeBad(3, 8), encoders[1], **options, start=5, threads=2), taken[5:])
-    parts = [take(14, SomeBad(3, 8), encoders[1], **options, process=(p, 2)) for p in range(2)]
+    parts = [take(14, SomeBad(3, 8), encoders[1], **options, share=(p, 2)) for p in range(2)]
     for step, batch in enumerate(taken):
-        rows = [jax.tree.map(lambda x, r=r: x[r // 2], parts[r % 2][step]) for r in range(4)]
-        same([batch], [jax.tree.map(lambda *leaves: np.stack(leaves), *rows)])
+        same([batch], [jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))])
 
 
 def test_too_many_bad_records_end_the_run(encoders, monkeypatch):

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from tiny import tiny_config
+from tiny import make_mesh, tiny_config
 
 from vlkd_jax import sharding
 from vlkd_jax.evals import heldout
@@ -12,7 +12,7 @@ from vlkd_jax.tasks import make_task
 
 def figures(config, task, devices, monkeypatch):
     """(the figures, how many rows of each held-out batch a device holds)."""
-    mesh, rows = sharding.make_mesh(devices), []
+    mesh, rows = make_mesh(devices), []
     shared = sharding.replicated(mesh)
     held_out = HeldOut(config, task, jax.device_put(task.load_frozen(), shared), mesh)
 

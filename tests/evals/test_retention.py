@@ -2,6 +2,7 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,8 @@ def test_means_are_over_what_is_counted_not_over_batches(rng):
     def terms(params, frozen, batch, rng):
         assert rng is None
         kept = batch.target_mask
-        return {"text": (params * (batch.text_ids * kept).sum(), kept.sum()), "one": (frozen * 1.0, 1.0)}
+        total, count = params * (batch.text_ids * kept).sum(), kept.sum(dtype=np.float32)
+        return {"text": (total, count), "one": (frozen * jnp.float32(1), jnp.float32(1))}
 
     means = mean_terms(without_dropout(terms), 2.0, 3.0, batches)
     kept = np.concatenate([batch.text_ids[batch.target_mask] for batch in batches])

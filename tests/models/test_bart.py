@@ -72,7 +72,7 @@ def test_embeddings(both, rng, apply):
     close(apply(Bart(config), params, ids, method="_embed"), embedding, MODULE)
     for name, kind in (("encoder", BartEncoder), ("decoder", BartDecoder)):
         inputs = embedding.detach().numpy(), np.arange(SOURCE)
-        ours = apply(kind(config, jnp.float32, False), params[name], *inputs, method="embed")
+        ours = apply(kind(config, jnp.float32, None), params[name], *inputs, method="embed")
         side = getattr(model.model, name)
         theirs = side.layernorm_embedding(embedding + side.embed_positions(torch.tensor(ids)))
         close(ours, theirs, MODULE)
@@ -191,7 +191,7 @@ def test_gradient_of_every_parameter(both, rng):
     model.zero_grad()
     reference = torch_infilling_loss(model, batch)
     reference.backward()
-    loss, gradient = infilling_gradient(config, False, params, batch)
+    loss, gradient = infilling_gradient(config, None, params, batch)
     assert float(loss) == pytest.approx(reference.item(), abs=MODULE)
 
     ours = names.to_hf(names.bart_rows(config), gradient)
@@ -224,7 +224,7 @@ def test_twenty_adamw_steps_follow_torch(save_torch, tiny_bart, rng):
 
     update, state, ours = jax.jit(optimizer.update), optimizer.init(params), []
     for _ in range(20):
-        loss, gradient = infilling_gradient(config, False, params, batch)
+        loss, gradient = infilling_gradient(config, None, params, batch)
         updates, state = update(gradient, state, params)
         params = jax.tree.map(np.add, params, updates)
         ours.append(float(loss))
@@ -235,8 +235,9 @@ def test_twenty_adamw_steps_follow_torch(save_torch, tiny_bart, rng):
 def test_remat_changes_nothing(tiny, rng):
     _, config, params = tiny
     config, batch = without_dropout(config), infilling_batch(rng)
-    plain, again = (infilling_gradient(config, remat, params, batch) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+    plain, *others = (infilling_gradient(config, remat, params, batch) for remat in (None, "nothing", "dots"))
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, other)
 
 
 class Decoding(NamedTuple):
@@ -333,7 +334,7 @@ def test_a_row_that_may_read_nothing_stays_finite(tiny, rng, apply):
     mask[0] = False
     hidden = apply(Bart(config), params, batch[3], memory, mask, method="decode")
     assert np.isfinite(hidden).all()
-    _, gradient = infilling_gradient(without_dropout(config), False, params, tuple(batch))
+    _, gradient = infilling_gradient(without_dropout(config), None, params, tuple(batch))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 

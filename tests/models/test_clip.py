@@ -68,7 +68,7 @@ def torch_mask(mask, causal):
 def test_vision_embeddings(both, rng, apply):
     model, config, params = both
     images = pixels(config, rng)
-    tower = ClipVisionTower(config.vision, jnp.float32, False)
+    tower = ClipVisionTower(config.vision, jnp.float32, None)
     ours = apply(tower, params["vision_model"], images, method="embed")
     close(ours, model.vision_model.embeddings(to_torch(images)), MODULE)
 
@@ -77,7 +77,7 @@ def test_vision_embeddings(both, rng, apply):
 def test_text_embeddings(tiny, rng, apply):
     model, config, params = tiny
     ids, _ = captions(config, rng)
-    tower = ClipTextTower(config.text, jnp.float32, False)
+    tower = ClipTextTower(config.text, jnp.float32, None)
     ours = apply(tower, params["text_model"], ids, method="embed")
     close(ours, model.text_model.embeddings(to_torch(ids)), MODULE)
 
@@ -123,7 +123,7 @@ def test_image_tower_and_projection_of_every_token(both, rng, apply):
 def test_text_tower_and_projection(both, rng, padded, apply):
     model, config, params = both
     ids, mask = captions(config, rng, padded)
-    tower = ClipTextTower(config.text, jnp.float32, False)
+    tower = ClipTextTower(config.text, jnp.float32, None)
     states = apply(tower, params["text_model"], ids, mask)
     reference = model.text_model(input_ids=to_torch(ids), attention_mask=to_torch(mask.astype(int)))
     close(np.asarray(states)[mask], reference.last_hidden_state[torch.tensor(mask)], MODULE)
@@ -173,8 +173,9 @@ def test_remat_changes_nothing(tiny, rng):
         return jnp.sum(jnp.sin(tower.apply({"params": params}, ids, mask)))
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, again = (gradient(params["text_model"], remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
+    plain, *others = (gradient(params["text_model"], remat) for remat in (None, "nothing", "dots"))
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
 
 
 def test_initial_parameters_have_the_loaded_shapes(tiny):

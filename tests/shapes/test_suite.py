@@ -14,6 +14,7 @@ from vlkd_jax.evals import statistics
 from vlkd_jax.evals.suite import Prompt, predict_rows
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.suite import SUITE, items, majority, score
+from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.vlkd import VLKD
 
@@ -34,7 +35,7 @@ def quick_intervals():
 def model(tmp_path_factory):
     """A tiny student as it starts."""
     task = make_task(tiny_config(make_assets(tmp_path_factory.getbasetemp())))
-    return VLKD.of(task, task.load_params(), task.load_frozen())
+    return VLKD.of(task, task.load_params(), task.load_frozen(), one_device())
 
 
 def small_suite(**changes):

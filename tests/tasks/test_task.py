@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import make_mesh, tiny_config
 
-from vlkd_jax.sharding import make_mesh, replicated
+from vlkd_jax.sharding import replicated, shardings
 from vlkd_jax.tasks import TASKS, make_task
 
 SETTINGS = [
@@ -32,6 +32,19 @@ def test_the_configuration_alone_tells_every_shape(assets, settings):
     assert {leaf.sharding for leaf in jax.tree.leaves((params, frozen))} == {shared}
     unread = dataclasses.replace(task, read_params=pytest.fail, read_frozen=pytest.fail)
     assert shapes(unread.abstract()) == (shapes(params), shapes(frozen))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_task_starts_the_same_on_any_mesh(assets, monkeypatch, settings):
+    """To the bit, every leaf where it was declared, and nothing whole on one device on the way."""
+    task = make_task(tiny_config(assets, **settings))
+    whole = jax.device_get((task.load_params(), task.load_frozen()))
+    monkeypatch.setattr(jax, "device_put", pytest.fail)
+    for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
+        declared = shardings(task.abstract(), make_mesh(*sizes))
+        placed = task.load_params(declared[0]), task.load_frozen(declared[1])
+        assert jax.tree.map(lambda leaf: leaf.sharding, placed) == declared
+        jax.tree.map(np.testing.assert_array_equal, placed, whole)
 
 
 def test_every_task_is_tried():

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlkd_jax.data.images import open_image, resize_and_crop
@@ -153,7 +152,7 @@ class UnusableRecords:
             if self._last not in self._named:
                 self._named.add(self._last)
                 self.reasons[error.reason] += 1
-                say(f"record passed over, {error.reason}: {error}")
+                say(f"record passed over, {error.reason}: {error}", everywhere=True)
 
     def check(self, unusable: np.ndarray) -> None:
         """After each batch: int [B], how many were passed over for each row.
@@ -181,7 +180,7 @@ def batches(
     seed: int,
     start: int = 0,
     shuffle: bool = True,
-    process: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     threads: int = 2,
     unusable: UnusableRecords | None = None,
 ) -> Iterator[Batch]:
@@ -192,14 +191,16 @@ def batches(
 
     Args:
       source: see `vlkd_jax.data.sources`.
-      batch_size: global; each process gets its share `batch_size // n`, rows p, p + n, ... of the global batch.
+      batch_size: global; a share of it has `batch_size // n` rows, the global batch's p-th block of so many.
       seed: of the order and of every random choice in `encode`.
-      process: (this process p, number of processes n).
+      share: (index p of the share, number of shares n).
       unusable: counts the records passed over; default: the first one is raised.
 
     Raises (from the iterator):
       UserError: too many records that cannot be used, or `TRIES` in a row.
     """
+    import grain  # not at the top: what a task is made of is read where there are no records, and no grain
+
     unusable = UnusableRecords(0.0) if unusable is None else unusable
 
     def row(index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -221,8 +222,9 @@ def batches(
     data = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         data = data.shuffle()
-    data = data.repeat().random_map(row)[process[0] :: process[1]].batch(batch_size // process[1])
+    rows = data.repeat().random_map(row)
+    blocks = rows.batch(batch_size // share[1], drop_remainder=True)[share[0] :: share[1]]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(data.to_iter_dataset(options))
+    iterator = iter(blocks.to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     return deliver()

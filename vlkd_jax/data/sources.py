@@ -255,7 +255,7 @@ def read_json(path: str | Path):
     Raises:
       UserError: missing, not UTF-8, not JSON.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # a run may lie in an object store
     try:
         return json.loads(_read_text(path))
     except json.JSONDecodeError as e:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -112,11 +111,12 @@ def train_stream(
     start: int,
     unusable: UnusableRecords | None = None,
     sources: tuple[Any, Any] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Endless training batches from step `start` on, with `replay` in them where the config mixes texts in.
 
     `unusable` counts the records that are passed over; default: a count of its own. `sources` are those of
-    `train_sources` where they have been read already.
+    `train_sources` where they have been read already. `share`: (index, count) of this process's part of every batch.
     """
     pairs, replay = train_sources(config, task) if sources is None else sources
     unusable = UnusableRecords(config.data.max_unusable) if unusable is None else unusable
@@ -126,7 +126,7 @@ def train_stream(
         "start": start,
         # the built-in world's order is random already, and its twins stay together
         "shuffle": not source_kind(config).drawn,
-        "process": (jax.process_index(), jax.process_count()),
+        "share": share,
         "threads": config.data.threads,
         "unusable": unusable,
     }

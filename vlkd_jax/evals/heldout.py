@@ -54,7 +54,7 @@ class HeldOut:
         figures["retention/denoise_loss"] = texts["denoise"]
         figures["retention/token_accuracy"] = texts["token_accuracy"]
         if self.questions:
-            answers = answer_texts(VLKD.of(self.task, params, self.frozen), self.questions)
+            answers = answer_texts(VLKD.of(self.task, params, self.frozen, self.mesh), self.questions)
             right = [exact_match(a, question.answer) for a, question in zip(answers, self.questions, strict=True)]
             figures["retention/text_qa"] = sum(right) / len(right)
         return figures

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
+from vlkd_jax import sharding
 from vlkd_jax.data.sources import TextQuestion
+from vlkd_jax.losses import finish
 from vlkd_jax.predict import Request, generate
 from vlkd_jax.types import Batch, Params
 from vlkd_jax.vlkd import VLKD
@@ -31,12 +33,13 @@ def mean_terms(terms: Callable, params: Params, frozen, batches: Iterable[Batch]
 
 
 def without_dropout(terms: Callable) -> Callable:
-    """A jitted (params, frozen, batch) -> terms of a task's `terms`, dropout off."""
+    """A jitted (params, frozen, batch) -> the finished terms of a task's `terms`, dropout off."""
     return jax.jit(functools.partial(_deterministic, terms))
 
 
 def _deterministic(terms: Callable, params: Params, frozen, batch: Batch):
-    return terms(params, frozen, batch, None)
+    finished = finish(terms(params, frozen, batch, None))
+    return jax.tree.map(sharding.constrain, finished)  # whole on every process
 
 
 def answer_texts(model: VLKD, questions: Sequence[TextQuestion], max_new_tokens: int = 10) -> list[str]:

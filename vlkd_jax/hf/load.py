@@ -1,16 +1,18 @@
 """Read CLIP and BART directories in Hugging Face format: every tensor used, none missing, all shapes right."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import UserError, few
 from vlkd_jax.hf import names
 from vlkd_jax.metrics import say
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
@@ -36,6 +38,10 @@ BART_VERSIONS = ("model.encoder.version", "model.decoder.version")
 BART_TIED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
 BART_EMBEDDING = "model.shared.weight"
 CLIP_POSITION_IDS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+BLOCK = 4096
+"""Rows of a table that are compared at a time with those of a copy."""
+Bounds = tuple[tuple[int, int], ...]
+"""(start, stop) along each axis."""
 
 
 def read_clip_config(directory: str | pathlib.Path) -> ClipConfig:
@@ -75,26 +81,32 @@ def read_bart_config(directory: str | pathlib.Path) -> BartConfig:
     return config
 
 
-def load_clip(directory: str | pathlib.Path) -> tuple[ClipConfig, dict]:
-    """Config and parameters (nested dict of float32 numpy arrays) of a `CLIPModel` directory.
+def load_clip(directory: str | pathlib.Path, shardings: Any = None) -> tuple[ClipConfig, dict]:
+    """Config and parameters (nested dict, float32) of a `CLIPModel` directory.
+
+    Args:
+      shardings: a `jax.sharding.Sharding` for each parameter (a nested dict of the same names) or one for all: the
+        parameters are global jax arrays, of which a process reads what its devices hold and nothing else. None: they
+        are whole numpy arrays.
 
     Raises UserError when the directory, its config.json or its weights cannot be used; unused, missing and mis-shaped
-    tensors are all named in one message.
+    tensors are all named in one message, before any parameter is read.
     """
     directory, config = _directory(directory), read_clip_config(directory)
     tensors = _Tensors(directory)
     complaints = []
     for name in CLIP_POSITION_IDS:
-        if name in tensors and not _counts_up(tensors.take(name)):
+        if name in tensors and not _counts_up(tensors.read(name)):
             complaints.append(f"{name} does not count 0, 1, 2, ...")
-    return config, _assemble(config, tensors, complaints)
+        tensors.discard(name)
+    return config, _assemble(config, tensors, shardings, complaints)
 
 
-def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
-    """Config and parameters (nested dict of float32 numpy arrays) of a BART directory.
+def load_bart(directory: str | pathlib.Path, shardings: Any = None) -> tuple[BartConfig, dict]:
+    """Config and parameters of a BART directory, as `load_clip` gives them. Raises UserError as it does.
 
     Both `BartForConditionalGeneration` and the base `BartModel` (names without "model.") are read; an absent
-    `final_logits_bias` is zero, as in Hugging Face. Raises UserError as `load_clip` does.
+    `final_logits_bias` is zero, as in Hugging Face.
     """
     directory, config = _directory(directory), read_bart_config(directory)
     tensors = _Tensors(directory, _with_model_prefix)
@@ -104,12 +116,12 @@ def load_bart(directory: str | pathlib.Path) -> tuple[BartConfig, dict]:
     if BART_EMBEDDING not in tensors and copies:
         tensors.rename(copies.pop(0), BART_EMBEDDING)
     complaints = []
-    if copies and BART_EMBEDDING in tensors:
-        shared = tensors.peek(BART_EMBEDDING)
+    if BART_EMBEDDING in tensors:
         for name in copies:
-            if not np.array_equal(tensors.take(name), shared):
+            if not _equal(tensors, name, BART_EMBEDDING):
                 complaints.append(f"{name} differs from {BART_EMBEDDING}, which must be the same table")
-    return config, _assemble(config, tensors, complaints, {"final_logits_bias": np.float32(0)})
+            tensors.discard(name)
+    return config, _assemble(config, tensors, shardings, complaints, {"final_logits_bias": np.float32(0)})
 
 
 def files_read(directory: pathlib.Path) -> list[str]:
@@ -125,6 +137,15 @@ def _with_model_prefix(name: str) -> str:
 
 def _counts_up(ids: np.ndarray) -> bool:
     return np.array_equal(ids.reshape(-1), np.arange(ids.size))
+
+
+def _equal(tensors: "_Tensors", name: str, other: str) -> bool:
+    """Whether two tensors hold the same, of which some rows at a time are read."""
+    shape = tensors.header(name)[1]
+    if shape != tensors.header(other)[1]:
+        return False
+    blocks = [(slice(k, min(k + BLOCK, shape[0])),) for k in range(0, shape[0], BLOCK)] if shape else [()]
+    return all(np.array_equal(tensors.read(name, block), tensors.read(other, block)) for block in blocks)
 
 
 def _directory(directory: str | pathlib.Path) -> pathlib.Path:
@@ -153,7 +174,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 class _Tensors:
-    """The tensors of a directory by name, read one at a time; what is never taken is left in `files`."""
+    """The tensors of a directory by name, read part by part."""
 
     def __init__(self, directory: pathlib.Path, canonical: Callable[[str], str] = str):
         self.directory = directory
@@ -177,18 +198,14 @@ class _Tensors:
         header = self.opened[file].get_slice(stored)
         return header.get_dtype(), tuple(header.get_shape())
 
-    def peek(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: names.Index = ()) -> np.ndarray:
+        """The part of a tensor that `index` (slices with both ends, of its first axes) says; nothing else is read."""
         file, stored = self.files[name]
         try:
-            return self.opened[file].get_tensor(stored)
+            return self.opened[file].get_slice(stored)[index]
         except (safetensors.SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
             # numpy knows bfloat16 through jax, but no name for the format's rarer types
             raise UserError(f"{self.directory / file}: {stored} cannot be read ({error}); copy it again") from error
-
-    def take(self, name: str) -> np.ndarray:
-        value = self.peek(name)
-        del self.files[name]
-        return value
 
     def discard(self, name: str):
         self.files.pop(name, None)
@@ -207,7 +224,7 @@ def _wrapper(directory: pathlib.Path, stored: list[str]) -> str:
     inside = [name.removeprefix(wrapper) for name in stored]
     in_adapter = [name for name in inside if name.startswith(ADAPTER_WRAPPER) or ".lora_" in name]
     if in_adapter:
-        raise UserError(_merge_first(directory) + f" (the weights are named {names.few(in_adapter)})")
+        raise UserError(_merge_first(directory) + f" (the weights are named {few(in_adapter)})")
     return wrapper
 
 
@@ -271,17 +288,29 @@ def _no_weights(directory: pathlib.Path) -> str:
     return f"{directory}: no {WEIGHTS} and no {INDEX}; copy the weights there"
 
 
-def _fill(row: names.Row, shape: tuple[int, ...], tensors: _Tensors, defaults: dict) -> np.ndarray:
-    """One Flax parameter, allocated once and filled tensor by tensor, so that the peak stays near one model."""
-    value = np.empty(shape, np.float32)
-    targets = [value] if row.layers is None else value
-    change = names.TRANSFORMS[row.transform][0]
-    for layer, name in enumerate(row.names()):
-        if name in tensors:
-            targets[layer][...] = change(tensors.take(name)).astype(np.float32, copy=False)
-        else:
-            targets[layer][...] = defaults[name]
+def _part(row: names.Row, bounds: Bounds, tensors: _Tensors, defaults: dict) -> np.ndarray:
+    """A part of one Flax parameter, allocated once and filled layer by layer, of which only this part is read."""
+    value = np.empty([stop - start for start, stop in bounds], np.float32)
+    index, stored, targets = tuple(slice(*bound) for bound in bounds), row.names(), [value]
+    if row.layers is not None:
+        stored, targets, index = stored[index[0]], value, index[1:]
+    transform = names.TRANSFORMS[row.transform]
+    wanted, inside = transform.reads(index)
+    for name, target in zip(stored, targets, strict=True):
+        target[...] = transform.to_flax(tensors.read(name, wanted))[inside] if name in tensors else defaults[name]
     return value
+
+
+def _sharded(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, part: Callable[[Bounds], np.ndarray]
+) -> jax.Array:
+    """One parameter as a global array; a part that several devices of this process hold is read once."""
+    read = functools.cache(part)
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
+
+
+def _bounds(index: names.Index, shape: tuple[int, ...]) -> Bounds:
+    return tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
 
 
 def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator[str]:
@@ -293,9 +322,9 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
     missing = sorted(name for name in wanted if name not in tensors and name not in optional)
     unused = sorted(name for name in tensors.files if name not in wanted)
     if missing:
-        yield "missing: " + names.few(missing)
+        yield "missing: " + few(missing)
     if unused:
-        yield "unused: " + names.few([tensors.files[name][1] for name in unused])
+        yield "unused: " + few([tensors.files[name][1] for name in unused])
     unfit = []
     for name, shape in wanted.items():
         if name in tensors:
@@ -305,10 +334,10 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
             elif dtype not in FLOATS:
                 unfit.append(f"{name} holds {dtype}, not floating-point numbers")
     if unfit:
-        yield names.few(unfit, "; ")
+        yield few(unfit, "; ")
 
 
-def _assemble(config, tensors: _Tensors, complaints: list[str], defaults: dict | None = None) -> dict:
+def _assemble(config, tensors: _Tensors, shardings: Any, complaints: list[str], defaults: dict | None = None) -> dict:
     """The nested parameter dict, or one UserError with every complaint."""
     defaults = defaults or {}
     shapes = names.parameter_shapes(config)
@@ -318,10 +347,17 @@ def _assemble(config, tensors: _Tensors, complaints: list[str], defaults: dict |
             f"{tensors.directory}: the weights do not fit {CONFIG}: {'; '.join(complaints)}. "
             "Use the config.json these weights were saved with"
         )
+    if shardings is not None:
+        shardings = jax.tree.broadcast(shardings, shapes)
     params: dict = {}
     for row in names.rows_for(config):
         node = params
         for name in row.path[:-1]:
             node = node.setdefault(name, {})
-        node[row.path[-1]] = _fill(row, names.leaf(shapes, row.path).shape, tensors, defaults)
+        shape = names.leaf(shapes, row.path).shape
+        part = functools.partial(_part, row, tensors=tensors, defaults=defaults)
+        if shardings is None:
+            node[row.path[-1]] = part(tuple((0, size) for size in shape))
+        else:
+            node[row.path[-1]] = _sharded(shape, names.leaf(shardings, row.path), part)
     return params

@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlkd_jax.errors import few
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 
 Path = tuple[str, ...]
+Index = tuple[slice, ...]
+"""A slice of each axis."""
 
 
 def _patches_to_flax(weight: np.ndarray) -> np.ndarray:
@@ -25,10 +29,25 @@ def _patches_to_hf(kernel: np.ndarray) -> np.ndarray:
     return kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
 
 
-TRANSFORMS = {  # name: (to Flax, to Hugging Face)
-    "same": (lambda x: x, lambda x: x),
-    "transpose": (lambda x: x.T, lambda x: x.T),
-    "patches": (_patches_to_flax, _patches_to_hf),
+class Transform(NamedTuple):
+    """A change of layout.
+
+    Attributes:
+      to_flax: of a Hugging Face tensor, or of the part of one that `reads` names.
+      to_hf: of a Flax parameter's layer.
+      reads: index of a part of the Flax layer -> (index of what the Hugging Face tensor has of it, index of the part in
+        what `to_flax` makes of that).
+    """
+
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_hf: Callable[[np.ndarray], np.ndarray]
+    reads: Callable[[Index], tuple[Index, Index]]
+
+
+TRANSFORMS = {
+    "same": Transform(lambda x: x, lambda x: x, lambda index: (index, ())),
+    "transpose": Transform(lambda x: x.T, lambda x: x.T, lambda index: (index[::-1], ())),
+    "patches": Transform(_patches_to_flax, _patches_to_hf, lambda index: (index[1:], index[:1])),
 }
 
 
@@ -128,11 +147,6 @@ def parameter_shapes(config: ClipConfig | BartConfig) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
-def few(phrases: list[str], separator: str = ", ") -> str:
-    """At most five of what is to be said, and how many more there are."""
-    return separator.join(phrases[:5]) + (f" and {len(phrases) - 5:,} more" if len(phrases) > 5 else "")
-
-
 def leaf(tree: Any, path: Path) -> Any:
     """The value at `path` of a nested dict; KeyError when absent."""
     for name in path:
@@ -144,7 +158,7 @@ def hf_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one Hugging Face tensor of `row`, from its Flax parameter's shape."""
     single = shape if row.layers is None else shape[1:]
     empty = np.broadcast_to(np.float32(0), single)
-    return TRANSFORMS[row.transform][1](empty).shape
+    return TRANSFORMS[row.transform].to_hf(empty).shape
 
 
 def to_hf(rows: list[Row], params: dict) -> dict[str, np.ndarray]:
@@ -158,8 +172,8 @@ def to_hf(rows: list[Row], params: dict) -> dict[str, np.ndarray]:
     for row in rows:
         value = np.asarray(leaf(params, row.path), np.float32)
         singles = [value] if row.layers is None else list(value)
-        change = TRANSFORMS[row.transform][1]
+        transform = TRANSFORMS[row.transform].to_hf
         for name, single in zip(row.names(), singles, strict=True):
             # ascontiguousarray would turn the scalar logit_scale into shape [1]
-            tensors[name] = np.array(change(single), np.float32, order="C")
+            tensors[name] = np.array(transform(single), np.float32, order="C")
     return tensors

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from vlkd_jax import entry
 from vlkd_jax.commands import Command, Option
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
@@ -111,4 +110,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from vlkd_jax import entry
+
     entry.run(main, COMMAND)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, KeyValue, causal_mask
 from vlkd_jax.models.configs import BartConfig
-from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, layer_norm
+from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, embed_ids, layer_norm, remat
+from vlkd_jax.sharding import BATCH, constrain
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
 
 POSITION_OFFSET = 2  # BART's position tables keep two unused rows in front
@@ -56,7 +57,7 @@ class BartLayer(nn.Module):
     def _feed_forward(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
         hidden = ACTIVATION_FUNCTIONS[self.config.activation_function](self.fc1(x))
         hidden = self.fc2(self.activation_dropout(hidden, deterministic=deterministic))
-        return self.final_layer_norm(x + self.dropout(hidden, deterministic=deterministic))
+        return constrain(self.final_layer_norm(x + self.dropout(hidden, deterministic=deterministic)), BATCH)
 
 
 class EncoderLayer(BartLayer):
@@ -139,7 +140,7 @@ class BartSide(nn.Module):
 
     config: BartConfig
     dtype: DTypeLike
-    remat: bool
+    remat: str | None
 
     def _setup_embedding(self):
         config, normal = self.config, nn.initializers.normal(INIT_STD)
@@ -152,7 +153,7 @@ class BartSide(nn.Module):
         self, embedded: Float[ArrayLike, "B T D"], positions: Int[ArrayLike, "*rows T"], deterministic: bool = True
     ) -> Float[Array, "B T D"]:
         """Token embeddings plus those of positions, all rows' [T] or each row's [B, T], normed and dropped out."""
-        x = self.layernorm_embedding(embedded + self.embed_positions(positions + POSITION_OFFSET))
+        x = self.layernorm_embedding(embedded + embed_ids(self.embed_positions, positions + POSITION_OFFSET))
         return self.dropout(x, deterministic=deterministic)
 
     def _positions(self, length: int) -> Int[Array, " {length}"]:
@@ -167,7 +168,7 @@ class BartEncoder(BartSide):
 
     def setup(self) -> None:
         self._setup_embedding()
-        layer = nn.remat(EncoderLayer, prevent_cse=False, static_argnums=(3,)) if self.remat else EncoderLayer
+        layer = remat(EncoderLayer, self.remat, static_argnums=(3,))
         axes = _scan(self.config.encoder_layers, nn.broadcast)
         self.layers = nn.scan(layer, **axes)(self.config, self.dtype)
 
@@ -183,7 +184,7 @@ class BartDecoder(BartSide):
 
     def setup(self) -> None:
         self._setup_embedding()
-        layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=(5,)) if self.remat else DecoderLayer
+        layer = remat(DecoderLayer, self.remat, static_argnums=(5,))
         step_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         axes = {"__call__": nn.broadcast, "project_memory": nn.broadcast, "step": step_axes}
         methods = {name: _scan(self.config.decoder_layers, in_axes) for name, in_axes in axes.items()}
@@ -228,7 +229,7 @@ class Bart(nn.Module):
 
     config: BartConfig
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -240,7 +241,7 @@ class Bart(nn.Module):
         self.decoder = BartDecoder(config, self.dtype, self.remat)
 
     def _embed(self, ids: Int[ArrayLike, "B T"]) -> Float[Array, "B T D"]:
-        embedded = self.shared(ids)
+        embedded = constrain(embed_ids(self.shared, ids), BATCH)
         return embedded * self.config.d_model**0.5 if self.config.scale_embedding else embedded
 
     def encode(
@@ -263,12 +264,15 @@ class Bart(nn.Module):
         """
         return self.decoder(self._embed(decoder_input_ids), memory, memory_mask, deterministic)
 
+    def output_table(self) -> tuple[Float32[ArrayLike, "V D"], Float32[ArrayLike, " V"]]:
+        """What scores the next token: the tied, unscaled embedding, and `final_logits_bias`, never trained."""
+        return self.shared.embedding, jax.lax.stop_gradient(self.final_logits_bias[0])  # a buffer in Hugging Face
+
     def logits(self, hidden: Float[ArrayLike, "... D"]) -> Float32[Array, "... V"]:
-        """The tied, unscaled embedding, and `final_logits_bias`, never trained."""
-        table = self.shared.embedding.astype(self.dtype)
-        hidden = hidden.astype(self.dtype)
-        scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return scores + jax.lax.stop_gradient(self.final_logits_bias[0])  # a buffer in Hugging Face
+        """Every token's score after each hidden state. The losses take `output_table`, and never hold all scores."""
+        table, bias = self.output_table()
+        table, hidden = table.astype(self.dtype), hidden.astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32) + bias
 
     def cross_cache(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
         """Cross-attention keys and values of memory, once for all steps: leaves [layers, B, M, H, K]."""

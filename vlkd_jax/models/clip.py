@@ -11,7 +11,8 @@ import numpy as np
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
 from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig, Preprocessing
-from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, l2_normalize, layer_norm
+from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, embed_ids, l2_normalize, layer_norm, remat
+from vlkd_jax.sharding import BATCH, constrain
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int, UInt8
 
 # Checkpoints saved before transformers 4.31 carry this wrong end token; there the sentence is pooled at the largest id.
@@ -88,14 +89,13 @@ class ClipLayer(nn.Module):
         before = carry[0]
         normed = self.layer_norm1(before)
         x = before + self.self_attn(normed, normed, mask)
-        return (x + self.mlp(self.layer_norm2(x)), before), None
+        return (constrain(x + self.mlp(self.layer_norm2(x)), BATCH), before), None
 
 
-def _stack(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, remat: bool) -> nn.Module:
+def _stack(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, policy: str | None) -> nn.Module:
     """All layers of a tower as one scanned module; parameters get a leading layer axis."""
-    layer = nn.remat(ClipLayer, prevent_cse=False) if remat else ClipLayer
     scanned = nn.scan(
-        layer,
+        remat(ClipLayer, policy),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
@@ -109,7 +109,7 @@ class ClipVisionTower(nn.Module):
 
     config: ClipVisionConfig
     dtype: DTypeLike
-    remat: bool
+    remat: str | None
 
     def setup(self) -> None:
         width, normal = self.config.hidden_size, nn.initializers.normal
@@ -134,7 +134,10 @@ class ClipVisionTower(nn.Module):
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, patch * patch * 3)
         tokens = self.patch_embedding(patches.astype(self.dtype))
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (batch, 1, tokens.shape[-1]))
-        return jnp.concatenate([first, tokens], axis=1) + self.position_embedding(jnp.arange(grid * grid + 1))
+        tokens = jnp.concatenate([first, tokens], axis=1) + embed_ids(
+            self.position_embedding, jnp.arange(grid * grid + 1)
+        )
+        return constrain(tokens, BATCH)
 
     def __call__(
         self, pixel_values: Float[ArrayLike, "B height width 3"]
@@ -148,7 +151,7 @@ class ClipTextTower(nn.Module):
 
     config: ClipTextConfig
     dtype: DTypeLike
-    remat: bool
+    remat: str | None
 
     def setup(self) -> None:
         config, normal = self.config, nn.initializers.normal(0.02)
@@ -164,7 +167,8 @@ class ClipTextTower(nn.Module):
         length, limit = input_ids.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise UserError(f"a caption of {length} CLIP tokens given; max_position_embeddings is {limit}: shorten it")
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))
+        positions = embed_ids(self.position_embedding, jnp.arange(length))
+        return constrain(embed_ids(self.token_embedding, input_ids) + positions, BATCH)
 
     def __call__(self, input_ids: Int[ArrayLike, "B L"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B L Dt"]:
         attention_mask = causal_mask(input_ids.shape[1]) & mask[:, None, None, :]
@@ -187,7 +191,7 @@ class Clip(nn.Module):
 
     config: ClipConfig
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str | None = None
 
     def setup(self) -> None:
         config, normal = self.config, nn.initializers.normal

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlkd_jax.types import Array, ArrayLike, DTypeLike, Float, Float32
+from vlkd_jax.sharding import constrain
+from vlkd_jax.types import Array, ArrayLike, DTypeLike, Float, Float32, Int
 
 
 @jax.custom_vjp
@@ -43,6 +44,25 @@ def _dot_general(x, kernel, dimension_numbers, precision=None, preferred_element
 
 Dense = functools.partial(nn.Dense, dot_general=_dot_general)
 """`flax.linen.Dense` with that gradient."""
+
+
+REMAT_POLICIES = {"nothing": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+"""What of a layer is kept for the backward pass when it is recomputed."""
+
+
+def remat(layer: type[nn.Module], policy: str | None, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+    """A layer that the backward pass recomputes but for what `policy` of `REMAT_POLICIES` keeps; None: the layer."""
+    if policy is None:
+        return layer
+    return nn.remat(layer, prevent_cse=False, static_argnums=static_argnums, policy=REMAT_POLICIES[policy])
+
+
+def embed_ids(embed: nn.Embed, ids: Int[ArrayLike, "*shape"]) -> Float[Array, "*shape D"]:
+    """The rows `ids` of a table, which is gathered first where devices split it.
+
+    `embed(ids)` would lay the rows out as the table is, and their gradient, whole batches of them, everywhere.
+    """
+    return jnp.take(constrain(embed.embedding).astype(embed.dtype), ids, axis=0)
 
 
 def l2_normalize(x: Float[ArrayLike, "... E"]) -> Float32[Array, "... E"]:

@@ -46,7 +46,7 @@ class Student(nn.Module):
     sentence_position: str = "eos"
     whiten: bool = False
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str | None = None
 
     def setup(self) -> None:
         self.bart = Bart(self.config, dtype=self.dtype, remat=self.remat)
@@ -108,16 +108,22 @@ class Student(nn.Module):
         keep = jnp.ones(prefix.shape[:2], bool)
         return join_memory((prefix.astype(hidden.dtype), keep), (hidden, mask))
 
-    def decode_logits(
+    def decode(
         self,
         target_ids: Int[ArrayLike, "B T"],
         memory: Float[ArrayLike, "B M D"],
         mask: Bool[ArrayLike, "B M"],
         deterministic: bool = True,
-    ) -> Float32[Array, "B T V"]:
-        """Teacher-forced logits of target ids (shifted right inside). Raises UserError when T is too long."""
+    ) -> Float[Array, "B T D"]:
+        """Teacher-forced decoder states for target ids (shifted right inside). Raises UserError when T is too long."""
         inputs = shift_right(target_ids, self.config.decoder_start_token_id)
-        return self.bart.logits(self.bart.decode(inputs, memory, mask, deterministic=deterministic))
+        return self.bart.decode(inputs, memory, mask, deterministic=deterministic)
+
+    def decode_logits(
+        self, target_ids: Int[ArrayLike, "B T"], memory: Float[ArrayLike, "B M D"], mask: Bool[ArrayLike, "B M"]
+    ) -> Float32[Array, "B T V"]:
+        """Teacher-forced logits, which the losses take in parts: see `vlkd_jax.losses.icti`."""
+        return self.bart.logits(self.decode(target_ids, memory, mask))
 
     def scale(self) -> Float32[Array, ""]:
         """The inverse temperature of the contrastive loss; the train step keeps it at 100 or less, as CLIP's."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
-
 from vlkd_jax.tasks import contrastive, denoise, distill
 from vlkd_jax.tasks.parents import choose
 from vlkd_jax.tasks.task import Task
+from vlkd_jax.types import ConfigDict
 
 TASKS = {
     "vlkd": distill.make_task,

@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from vlkd_jax import losses
 from vlkd_jax.config import model_directory
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart, join_memory, shift_right
-from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, text_encoder, with_training_rates
+from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
-from vlkd_jax.types import Array, Batch, Key, Params
+from vlkd_jax.types import Array, Batch, ConfigDict, Key, Params
 
 
 def make_task(config: ConfigDict) -> Task:
     """BART, trained to restore `config.data`'s texts. Raises UserError: see `vlkd_jax.tasks.make_task`."""
     bart_config, text = read_bart(config)
-    bart = Bart(with_training_rates(bart_config, config), dtype=choose(config, "dtype", DTYPES), remat=config.remat)
+    bart = Bart(
+        with_training_rates(bart_config, config), dtype=choose(config, "dtype", DTYPES), remat=remat_policy(config)
+    )
     positions, data = bart_config.max_position_embeddings, config.data
     encoder = text_encoder(config, text, positions, context_length=data.context_length)
     ids = jnp.zeros((1, 2), jnp.int32)
@@ -30,7 +31,7 @@ def make_task(config: ConfigDict) -> Task:
         encoder=encoder,
         terms=terms,
         weights={"denoise": 1.0},
-        read_params=lambda: load_bart(model_directory(config.bart))[1],
+        read_params=lambda shardings: load_bart(model_directory(config.bart), shardings)[1],
         example=(ids, ids == 0, ids),
         needs_images=False,
         denoise_terms=terms,
@@ -59,8 +60,6 @@ def denoise_terms(bart: Bart, batch: Batch, rng: Rng) -> Terms:
         context = bart.encode(batch.context_ids, batch.context_mask, deterministic=deterministic)
         memory, mask = join_memory((context, batch.context_mask), (memory, mask))
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
-    logits = bart.logits(bart.decode(inputs, memory, mask, deterministic=deterministic))
-    return {
-        "denoise": losses.icti(logits, batch.text_ids, batch.target_mask),
-        "token_accuracy": losses.token_accuracy(logits, batch.text_ids, batch.target_mask),
-    }
+    hidden = bart.decode(inputs, memory, mask, deterministic=deterministic)
+    loss, accuracy = losses.icti(hidden, *bart.output_table(), batch.text_ids, batch.target_mask)
+    return {"denoise": loss, "token_accuracy": accuracy}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from jax.ad_checkpoint import checkpoint_name
 
 from vlkd_jax import losses
 from vlkd_jax.config import model_directory
@@ -22,9 +22,9 @@ from vlkd_jax.models.clip import Clip, ClipImageOutput, normalize_pixels
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 from vlkd_jax.models.vlkd import NEW, Student
 from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs
-from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, text_encoder, with_training_rates
-from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
-from vlkd_jax.types import Array, Batch, Float, Float32, Key, Params
+from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
+from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
+from vlkd_jax.types import Array, Batch, ConfigDict, Float, Float32, Key, Params
 
 HIDDEN = {"hidden": "last_hidden_state", "penultimate": "penultimate"}
 """`student.image_tokens` that are states of CLIP's vision tower -> their name in `ClipImageOutput`."""
@@ -104,7 +104,7 @@ def _distillation(config: ConfigDict, clip_config: ClipConfig, bart_config: Bart
         sentence_position=position,
         whiten=bool(config.student.whiten),
         dtype=dtype,
-        remat=config.remat,
+        remat=remat_policy(config),
     )
     return Distillation(
         student,
@@ -116,29 +116,32 @@ def _distillation(config: ConfigDict, clip_config: ClipConfig, bart_config: Bart
     )
 
 
-def _read_params(config: ConfigDict, student: Student) -> Params:
+def _read_params(config: ConfigDict, student: Student, shardings: Shardings) -> Params:
     """BART's parameters as given; the linears and the logit scale are drawn from `config.seed`."""
 
     def draw(key: Key[Array, ""]) -> Params:
         params = student.init(key, *student.example_inputs())["params"]
         return {name: value for name, value in params.items() if name != "bart"}
 
-    bart = load_bart(model_directory(config.bart))[1]
-    return {"bart": bart, **jax.jit(draw)(jax.random.key(config.seed))}
+    drawn = dict(shardings or {})
+    bart = load_bart(model_directory(config.bart), drawn.pop("bart", None))[1]
+    return {"bart": bart, **jax.jit(draw, out_shardings=drawn or None)(jax.random.key(config.seed))}
 
 
-def _read_frozen(config: ConfigDict, pull: bool) -> Frozen:
-    frozen = {"clip": load_clip(model_directory(config.clip))[1]}
-    return frozen | ({"start": load_bart(model_directory(config.bart))[1]} if pull else {})
+def _read_frozen(config: ConfigDict, pull: bool, shardings: Shardings) -> Frozen:
+    of_model = shardings or {}
+    frozen = {"clip": load_clip(model_directory(config.clip), of_model.get("clip"))[1]}
+    return frozen | ({"start": load_bart(model_directory(config.bart), of_model.get("start"))[1]} if pull else {})
 
 
 def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> TeacherOutputs:
-    """What the frozen teacher makes of a batch, without a gradient."""
+    """What the frozen teacher makes of a batch, without a gradient, under the name `TEACHER` (see task.py)."""
     params = jax.lax.stop_gradient(params)
     pixels = normalize_pixels(batch.pixels, teacher.config.preprocessing)
     output = teacher.apply({"params": params}, pixels, method="encode_images")
     text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")
-    return jax.lax.stop_gradient(TeacherOutputs(select_tokens(output, image_tokens), output.embedding, text))
+    outputs = jax.lax.stop_gradient(TeacherOutputs(select_tokens(output, image_tokens), output.embedding, text))
+    return checkpoint_name(outputs, TEACHER)
 
 
 def select_tokens(output: ClipImageOutput, kind: str) -> Float[Array, "B N W"]:
@@ -183,11 +186,12 @@ def _student_terms(
     near = sentence if distillation.unit else student.embed_sentence(clean, batch.text_mask, unit=False)
     corrupted = student.encode(batch.source_ids, batch.source_mask, deterministic=rng is None)
     memory, mask = student.memory(student.image_prefix(tokens), corrupted, batch.source_mask)
-    logits = student.decode_logits(batch.text_ids, memory, mask, deterministic=rng is None)
+    hidden = student.decode(batch.text_ids, memory, mask, deterministic=rng is None)
+    scale = student.scale() if distillation.learned_scale else clip_scale
     terms = {
         "ttdm": losses.ttdm(near, text),
-        "itcl": losses.itcl(image, sentence, student.scale() if distillation.learned_scale else clip_scale),
-        "icti": losses.icti(logits, batch.text_ids, batch.target_mask),
+        "itcl": losses.Pairs(image, sentence, scale),
+        "icti": losses.icti(hidden, *student.bart.output_table(), batch.text_ids, batch.target_mask)[0],
     }
     if batch.replay is not None:
         terms["denoise"] = denoise_terms(student.bart, batch.replay, rng)["denoise"]

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import Corruption, Encoder
@@ -16,6 +15,8 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import read_bart_config, read_clip_config
 from vlkd_jax.models.clip import LEGACY_EOS_TOKEN_ID
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig
+from vlkd_jax.models.layers import REMAT_POLICIES
+from vlkd_jax.types import ConfigDict
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """`config.dtype` -> the dtype of activations."""
@@ -31,6 +32,12 @@ def choose(config: ConfigDict, field: str, options: dict[str, Any]) -> Any:
     if value not in options:
         raise UserError(f"config.{field} is {value!r}; it is one of {', '.join(options)}")
     return options[value]
+
+
+def remat_policy(config: ConfigDict) -> str | None:
+    """What is kept of layers that the backward pass recomputes; None: they are not. Raises UserError: see `choose`."""
+    policy = choose(config, "remat_policy", {name: name for name in REMAT_POLICIES})
+    return policy if config.remat else None
 
 
 def read_clip(config: ConfigDict) -> tuple[ClipConfig, ClipText]:

@@ -10,17 +10,26 @@ import flax.linen as nn
 import jax
 
 from vlkd_jax.data.pipeline import Encoder
+from vlkd_jax.losses import Pairs, SumAndCount
 from vlkd_jax.models.clip import Clip
-from vlkd_jax.types import Array, Batch, Float32, Key, Params
+from vlkd_jax.types import Array, Batch, Key, Params
 
 Frozen = dict[str, Params]
 """What the losses read and nothing changes: {"clip": the teacher}, {"start": BART as the run begins}, or nothing."""
-Terms = dict[str, tuple[Float32[Array, ""], Float32[Array, ""]]]
-"""Loss name -> (sum, count)."""
+Terms = dict[str, SumAndCount | Pairs]
+"""Loss name -> (sum, count), which add up over parts of a batch, or what `losses.finish` makes it from."""
+TEACHER = "teacher"
+"""`jax.ad_checkpoint` name of the frozen teacher's outputs: what is rematerialised need not run the teacher again."""
 Rng = Key[Array, ""] | None
 """A random key; None: no dropout."""
+Shardings = Any
+"""A nested dict of `jax.sharding.Sharding`, one for each parameter; None: whole, on one device."""
 TermsFunction = Callable[[Params, Frozen, Batch, Rng], Terms]
 """(params, frozen, batch, rng) -> terms."""
+
+
+def _nothing(shardings: Shardings) -> Frozen:
+    return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +40,10 @@ class Task:
       module: the Flax module of the trained parameters.
       configs: configurations by name, "clip" and "bart", as their directories have them.
       encoder: what a batch holds.
-      terms: the loss terms of a batch; without a weight in `weights` a term is only reported.
+      terms: the loss terms of a batch or of part of one; without a weight in `weights` a term is only reported.
       weights: loss name -> its weight in the total.
-      read_params: reads or draws the parameters that training starts from; the numpy or jax arrays of this host.
+      read_params: shardings -> the parameters that training starts from, read or drawn: global arrays, or with None
+        the numpy or jax arrays of this host.
       read_frozen: the same for `Frozen`.
       abstract_frozen: shapes of what `read_frozen` gives.
       example: arguments for `module.init`, of which the shapes count.
@@ -52,8 +62,8 @@ class Task:
     encoder: Encoder
     terms: TermsFunction
     weights: dict[str, float]
-    read_params: Callable[[], Params]
-    read_frozen: Callable[[], Frozen] = dict
+    read_params: Callable[[Shardings], Params]
+    read_frozen: Callable[[Shardings], Frozen] = _nothing
     abstract_frozen: Frozen = dataclasses.field(default_factory=dict)
     example: tuple[Any, ...]
     needs_images: bool = True
@@ -71,13 +81,23 @@ class Task:
         return jax.eval_shape(self.module.init, jax.random.key(0), *self.example)["params"], self.abstract_frozen
 
     def load_params(self, shardings: Any = None) -> Params:
-        """The parameters that training starts from, float32, on the devices that `shardings` (a prefix tree) says.
+        """The parameters that training starts from, float32.
+
+        Args:
+          shardings: a `jax.sharding.Sharding` for each parameter of `abstract()`, or one for all: no process reads more
+            of the weights than its devices hold, part by part. None: whole, on one device.
 
         Raises:
           UserError: a directory or its weights cannot be read.
         """
-        return jax.device_put(self.read_params(), shardings)
+        return _load(self.read_params, shardings, self.abstract()[0])
 
     def load_frozen(self, shardings: Any = None) -> Frozen:
         """What is frozen, placed as `load_params` does. Raises UserError as it does."""
-        return jax.device_put(self.read_frozen(), shardings)
+        return _load(self.read_frozen, shardings, self.abstract_frozen)
+
+
+def _load(read: Callable[[Shardings], Any], shardings: Any, abstract: Any) -> Any:
+    if shardings is None:
+        return jax.device_put(read(None))
+    return read(jax.tree.broadcast(shardings, abstract))

@@ -1,0 +1,61 @@
+"""Times of rivals in turn, and how much arithmetic there is in a function: exact counts, no clocks."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, one after the other in every round, after one round that does not count.
+
+    Args:
+      runs: name -> what is timed; it returns when its work is done, not when it is under way.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster `fast` is than `slow`: the median over the rounds of what one round gives."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def matmul_flops(function: Callable, *arguments: Any) -> int:
+    """Floating-point operations of a function's contractions, each pass of a scan counted; nothing is computed.
+
+    A compiled program's own count takes a loop's body once and does not look into cuBLAS's calls. A `while` loop's body
+    is taken once here too.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(_count(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    values = [value for item in params.values() for value in (item if isinstance(item, tuple | list) else [item])]
+    opened = [getattr(value, "jaxpr", value) for value in values]
+    return [value for value in opened if hasattr(value, "eqns")]

@@ -1,0 +1,215 @@
+"""Two processes of four devices each are one run: the same numbers, one writer, and an end when one of them is lost."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from tiny import ROOT, arguments, environment, make_mesh, tiny_config
+
+from vlkd_jax.train import train
+from vlkd_jax.vlkd import load_run
+
+OPTIONS = {"data__context_length": 0, "loss__denoise": 0.5, "student__whiten": 16, "dropout": 0.1}
+MESH = {"mesh__data": 2, "mesh__fsdp": 4}
+LOST = 4
+"""Exit code of a process that has lost another one."""
+TIMES = int(os.environ.get("VLKD_FAULTS", "1"))
+"""How often each fault is tried."""
+
+
+class Ended(NamedTuple):
+    """How the processes of a run ended."""
+
+    codes: list[int]
+    outputs: list[str]
+    errors: list[str]
+
+
+class Processes:
+    """Two processes of one command, each with four fake devices."""
+
+    def __init__(self, module: str, argv: list[str]):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            coordinator = f"--coordinator=127.0.0.1:{probe.getsockname()[1]}"
+        surroundings = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        command = [sys.executable, "-m", f"vlkd_jax.{module}", *argv, coordinator, "--processes=2"]
+        self.processes = [
+            subprocess.Popen(
+                [*command, f"--process={index}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=surroundings,
+                cwd=ROOT,
+            )
+            for index in range(2)
+        ]
+
+    def wait(self, seconds: float = 300) -> Ended:
+        """Waits for both; one that is stopped is killed when the other has ended."""
+        try:
+            told = [process.communicate(timeout=seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return Ended([p.returncode for p in self.processes], [out for out, _ in told], [err for _, err in told])
+
+
+def run(module: str, argv: list[str]) -> Ended:
+    return Processes(module, argv).wait()
+
+
+def losses(workdir: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "ttdm", "itcl", "icti", "denoise", "grad_norm", "lr", "skipped", "unusable_records")
+    return {line["step"]: {name: line[name] for name in kept} for line in lines if line["kind"] == "train"}
+
+
+def wait_for(condition, seconds: float = 240):
+    """Waits until the condition holds. Fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def reached(workdir: Path, step: int) -> bool:
+    return (workdir / "metrics.jsonl").is_file() and max(losses(workdir), default=0) >= step
+
+
+def close(ours, theirs, atol=1e-5):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=atol)
+
+
+def same_bits(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def two(assets, tmp_path_factory):
+    """The workdir of a whole run of two processes, and how they ended."""
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, run("train", arguments(assets, workdir, steps=6, eval__every=6, **OPTIONS, **MESH))
+
+
+def test_two_processes_train_as_one(assets, two, tmp_path):
+    workdir, ended = two
+    assert ended.codes == [0, 0], ended.errors
+    train(tiny_config(assets, steps=6, eval__every=6, **OPTIONS, **MESH), tmp_path)
+    one, many = losses(tmp_path), losses(workdir)
+    assert list(one) == list(many) == [2, 3, 4, 5, 6]
+    for step, values in many.items():
+        assert values == pytest.approx(one[step], rel=1e-4, abs=1e-6)
+    close(load_run(workdir)[1], load_run(tmp_path)[1], atol=1e-4)  # whitening magnifies rounding
+
+
+def test_one_process_writes_and_speaks(two):
+    workdir, ended = two
+    assert {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in ended.outputs]
+    assert any("step 6/6" in line for line in lines[0]) and "8 device(s) (data 2 x fsdp 4)" in ended.outputs[0]
+    assert lines[1] == [] and ended.errors[1] == ""
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 1), (2, 2, 2)], ids=str)
+def test_its_checkpoint_is_read_by_one_process(two, sizes):
+    """On 1, 4 and 8 devices, bit for bit."""
+    same_bits(load_run(two[0], mesh=make_mesh(*sizes))[1], load_run(two[0])[1])
+
+
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(assets, two, tmp_path):
+    """Another number of processes sees the same batches."""
+    options = {**OPTIONS, **MESH, "optim__schedule": "constant"}
+    first = run("train", arguments(assets, tmp_path, steps=2, **options))
+    train(tiny_config(assets, steps=4, **options), tmp_path)
+    last = run("train", arguments(assets, tmp_path, steps=6, **options))
+    assert first.codes + last.codes == [0] * 4, first.errors + last.errors
+    train(tiny_config(assets, steps=6, **options), tmp_path / "whole")
+    close(load_run(tmp_path)[1], load_run(tmp_path / "whole")[1], atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def long_run(assets):
+    """Function workdir -> arguments of sixty steps, time enough to send signals."""
+    options = {**OPTIONS, **MESH, "steps": 60, "save_every": 4, "watchdog_seconds": 20}
+    return lambda workdir: arguments(assets, workdir, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    ended = run("train", long_run(workdir))
+    assert ended.codes == [0, 0], ended.errors
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_lost_process_ends_the_other_and_the_run_goes_on(long_run, uninterrupted, tmp_path, number):
+    """Within the watchdog's time and a little; the same command then ends with an uninterrupted run's bits."""
+    for attempt in range(TIMES):
+        workdir = tmp_path / str(attempt)
+        job = Processes("train", long_run(workdir))
+        wait_for(functools.partial(reached, workdir, 6 + attempt))
+        job.processes[attempt % 2].send_signal(number)
+        lost, other = time.monotonic(), job.processes[1 - attempt % 2]
+        other.wait(60)
+        took = time.monotonic() - lost
+        job.processes[attempt % 2].kill()
+        error = job.wait().errors[1 - attempt % 2]
+        assert other.returncode == LOST and took < 40, error
+        assert "Traceback" not in error
+        lost_line = "lost another process" in error or "as another one was lost" in error
+        assert lost_line or ("no step" in error and "Thread" in error)
+        ended = run("train", long_run(workdir))
+        assert ended.codes == [0, 0], ended.errors
+        same_bits(load_run(workdir)[1], load_run(uninterrupted)[1])
+
+
+def test_sigterm_to_one_stops_all_at_one_step(long_run, uninterrupted, tmp_path):
+    job = Processes("train", long_run(tmp_path))
+    wait_for(lambda: reached(tmp_path, 6))
+    job.processes[1].send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    ended = job.wait(60)
+    assert time.monotonic() - asked < 30
+    assert ended.codes == [143, 143], ended.errors
+    step = load_run(tmp_path)[2]
+    assert f"step {step} is saved" in ended.errors[0] and step < 60
+    assert run("train", long_run(tmp_path)).codes == [0, 0]
+    same_bits(load_run(tmp_path)[1], load_run(uninterrupted)[1])
+
+
+def test_every_item_is_counted_once(assets, two, tmp_path):
+    """Evaluation by two processes gives the predictions of one, each once."""
+    sizes = {"questions": 28, "captions": 8, "retrieval": 10, "text_questions": 28}
+    argv = ["--config=suites:shapes", f"--checkpoint={two[0]}", *(f"--config.shapes.{k}={v}" for k, v in sizes.items())]
+    argv += ["--config.batch_size=8"]
+    ended = run("evaluate", [*argv, f"--workdir={tmp_path / 'two'}"])
+    assert ended.codes == [0, 0], ended.errors
+    one = subprocess.run(
+        [sys.executable, "-m", "vlkd_jax.evaluate", *argv, f"--workdir={tmp_path / 'one'}", "--config.mesh.data=1"],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert one.returncode == 0, one.stderr
+    rows = [(tmp_path / name / "shapes" / "predictions.jsonl").read_text() for name in ("two", "one")]
+    assert rows[0] == rows[1]
+    keys = [(row["task"], row["id"]) for row in map(json.loads, rows[0].splitlines())]
+    assert len(keys) == len(set(keys)) and len(keys) > 60
