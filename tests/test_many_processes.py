@@ -23,6 +23,8 @@ OPTIONS = {"data__context_length": 0, "loss__denoise": 0.5, "student__whiten": 1
 MESH = {"mesh__data": 2, "mesh__fsdp": 4}
 LOST = 4
 """Exit code of a process that has lost another one."""
+WATCHDOG = 60
+"""Seconds: a busy machine's first step takes some 20, compilation included."""
 TIMES = int(os.environ.get("VLKD_FAULTS", "1"))
 """How often each fault is tried."""
 
@@ -145,9 +147,9 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(assets, two
 
 @pytest.fixture(scope="module")
 def long_run(assets):
-    """Function workdir -> arguments of sixty steps, time enough to send signals."""
-    options = {**OPTIONS, **MESH, "steps": 60, "save_every": 4, "watchdog_seconds": 20}
-    return lambda workdir: arguments(assets, workdir, **options)
+    """Function (workdir, watchdog_seconds) -> arguments of sixty steps, time enough to send signals."""
+    options = {**OPTIONS, **MESH, "steps": 60, "save_every": 4}
+    return lambda workdir, watchdog=0: arguments(assets, workdir, **options, watchdog_seconds=watchdog)
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +165,15 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(long_run, uninterrupt
     """Within the watchdog's time and a little; the same command then ends with an uninterrupted run's bits."""
     for attempt in range(TIMES):
         workdir = tmp_path / str(attempt)
-        job = Processes("train", long_run(workdir))
+        job = Processes("train", long_run(workdir, WATCHDOG))
         wait_for(functools.partial(reached, workdir, 6 + attempt))
         job.processes[attempt % 2].send_signal(number)
         lost, other = time.monotonic(), job.processes[1 - attempt % 2]
-        other.wait(60)
+        other.wait(3 * WATCHDOG)
         took = time.monotonic() - lost
         job.processes[attempt % 2].kill()
         error = job.wait().errors[1 - attempt % 2]
-        assert other.returncode == LOST and took < 40, error
+        assert other.returncode == LOST and took < WATCHDOG + 30, error
         assert "Traceback" not in error
         lost_line = "lost another process" in error or "as another one was lost" in error
         assert lost_line or ("no step" in error and "Thread" in error)
