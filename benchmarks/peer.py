@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import BartForConditionalGeneration, CLIPModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.optim import MAX_LOGIT_SCALE
 
@@ -178,8 +179,9 @@ class Reader:
         return F.linear(self.teacher.image_tokens(pixels), self.image_projection)
 
     @torch.inference_mode()
-    def answer(self, image: torch.Tensor, prompts: Tensors, new_tokens: int) -> torch.Tensor:
-        """Greedy tokens [B, new_tokens]; only the last of them may be `</s>`."""
+    def answer(self, image: torch.Tensor, prompts: Tensors, options: Decoding) -> torch.Tensor:
+        """The best tokens [B, max_new_tokens], greedy or of beam search; only the last of them may be `</s>`."""
+        new_tokens = options.max_new_tokens
         hidden = self.bart.model.encoder(prompts["source_ids"], attention_mask=prompts["source_mask"])
         memory, mask = join(image, hidden.last_hidden_state, prompts["source_mask"])
         ids = self.bart.generate(
@@ -189,6 +191,8 @@ class Reader:
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens - 1,
             do_sample=False,
-            num_beams=1,
+            num_beams=options.rows,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
         )
         return ids[:, prompts["prefix_ids"].shape[1] :]

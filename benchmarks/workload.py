@@ -14,7 +14,7 @@ import optax
 
 from vlkd_jax import decoding
 from vlkd_jax.data.pipeline import Encoder
-from vlkd_jax.decoding import Memory
+from vlkd_jax.decoding import Decoding, Memory
 from vlkd_jax.hf.random import bart_config, clip_config
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip, example_inputs, normalize_pixels
@@ -32,8 +32,6 @@ OPTIMIZER = SimpleNamespace(
     lr=1e-5, lr_linears=1e-4, schedule="constant", warmup=1, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, clip_norm=1.0
 )
 """As `config.optim` of configs/base.py; the peer is given the same numbers."""
-NEVER = -1e4
-"""Added to the logit of a token that shall not be chosen."""
 QUESTION, PREFIX = 16, 5
 """BART tokens of a question at most, and of a decoder prefix."""
 
@@ -179,12 +177,12 @@ def image_memory(student: Student, teacher: Clip, params: Params, clip_params: P
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def answer(student: Student, params: Params, image: Memory, prompts: Prompts, new_tokens: int) -> Array:
-    """Greedy tokens, int32 [B, new_tokens]; `</s>` comes only where it is forced, so that every row has as many."""
-    bart = Bart(student.config, dtype=student.dtype)
-    bias = params["bart"]["final_logits_bias"].at[0, student.config.eos_token_id].set(NEVER)
-    params = params["bart"] | {"final_logits_bias": bias}
+def answer(student: Student, params: Params, image: Memory, prompts: Prompts, options: Decoding) -> Array:
+    """The best tokens, int32 [B, max_new_tokens]; `</s>` comes only as the last: every row has as many."""
+    bart, params = Bart(student.config, dtype=student.dtype), params["bart"]
+    options = dataclasses.replace(options, min_new_tokens=options.max_new_tokens - 1)
     hidden = bart.apply({"params": params}, prompts.source_ids, prompts.source_mask, method="encode")
     memory = decoding.join_memories(image, decoding.project_memory(bart, params, hidden, prompts.source_mask))
     prefix_mask = jnp.ones(prompts.prefix_ids.shape, bool)
-    return decoding.greedy(bart, params, memory, prompts.prefix_ids, prefix_mask, new_tokens)
+    decoder, draws = decoding.make_decoder(bart, params, memory), jnp.zeros(len(prompts.prefix_ids), jnp.int32)
+    return decoding.decode(decoder, prompts.prefix_ids, prefix_mask, draws, options)[:, 0]

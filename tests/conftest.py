@@ -186,3 +186,30 @@ def apply():
 def rng() -> np.random.Generator:
     """Fixed random numbers for inputs."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def wordy_bart(save_torch) -> TorchModel:
+    """A torch BART whose logits bias is random, so that what it says varies and some of it ends early."""
+    import torch
+    from transformers import BartForConditionalGeneration
+
+    made = save_torch(BartForConditionalGeneration, bart_config(max_position_embeddings=40), seed=5)
+    bias = torch.randn(made.model.final_logits_bias.shape, generator=torch.Generator().manual_seed(0))
+    made.model.final_logits_bias.copy_(bias)
+    config = made.model.config
+    made.model.final_logits_bias[0, config.eos_token_id] += 1.0
+    made.model.generation_config.forced_bos_token_id = config.bos_token_id
+    made.model.save_pretrained(made.directory)
+    return made
+
+
+@pytest.fixture(scope="session")
+def wordy(wordy_bart):
+    """(Bart, parameters) of that directory."""
+    from vlkd_jax.hf.load import load_bart
+    from vlkd_jax.models.bart import Bart
+
+    config, params = load_bart(wordy_bart.directory)
+    assert (config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id) == (2, 0, 2)
+    return Bart(config), params

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import timing
 from benchmarks.workload import OPTIMIZER, Workload, answer, image_memory
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.hf.save import save_bart, save_clip
 
 ROWS, LENGTH = 5, 20
@@ -45,7 +46,8 @@ def models(workload, drawn, tmp_path_factory):
 
 
 @pytest.mark.parity
-def test_answers_are_those_of_generate(workload, drawn, models):
+@pytest.mark.parametrize("options", [Decoding(max_new_tokens=6), Decoding("beam", max_new_tokens=6, beams=3)], ids=str)
+def test_answers_are_those_of_generate(workload, drawn, models, options):
     import torch
 
     from benchmarks import peer
@@ -53,11 +55,11 @@ def test_answers_are_those_of_generate(workload, drawn, models):
     (params, frozen), (teacher, student, directory) = drawn, models
     prompts = workload.prompts(np.random.default_rng(4), ROWS, ask=True)
     image = image_memory(workload.student, workload.teacher, params, frozen["clip"], prompts.pixels)
-    ours = np.asarray(answer(workload.student, params, image, prompts, 6))
+    ours = np.asarray(answer(workload.student, params, image, prompts, options))
     reader = peer.Reader(teacher, student, torch.float32, directory / "bart")
     inputs = peer.tensors(prompts._asdict(), torch.device("cpu"))
     prefix = reader.image_prefix(inputs["pixels"])
-    np.testing.assert_array_equal(ours, reader.answer(prefix, inputs, 6).numpy())
+    np.testing.assert_array_equal(ours, reader.answer(prefix, inputs, options).numpy())
     assert (ours[:, -1] == workload.bart.eos_token_id).all() and (ours[:, :-1] != workload.bart.eos_token_id).all()
 
 

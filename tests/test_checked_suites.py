@@ -10,9 +10,6 @@ from vlkd_jax.evaluate import check_suites
 
 def chosen(**changes):
     config = suites.get_config("vqav2,coco_caption")
-    for name in ("vqav2", "coco_caption"):
-        for field, value in config[name].items():
-            config[name][field] = "file" if value == "" else value
     for name, value in changes.items():
         suite, field = name.split("__")
         config[suite][field] = value
@@ -30,7 +27,7 @@ def test_a_template_with_another_field(field, template):
 def test_templates_of_captions_and_of_image_names():
     with pytest.raises(UserError, match=r"coco_caption\.caption_encoder='\{x\}': nothing is filled in there"):
         check_suites(chosen(coco_caption__caption_encoder="{x}"))
-    with pytest.raises(UserError, match=r"vqav2\.image_name='\{id\}\.jpg': only \{image_id\} is filled in there"):
+    with pytest.raises(UserError, match=r"vqav2\.image_name='\{id\}\.jpg': only \{image_id\} and \{split\}"):
         check_suites(chosen(vqav2__image_name="{id}.jpg"))
     check_suites(chosen(coco_caption__caption_encoder="{{x}} <mask>", vqav2__image_name="{image_id:012d}.jpg"))
     check_suites(suites.get_config("shapes,shapes_seen"))

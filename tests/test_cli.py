@@ -200,8 +200,12 @@ def test_installed_a_users_own_config(running):
         (["train", "--config=shapes_vlk", "--workdir=x"], "did you mean --config=shapes_vlkd, which"),
         (["evaluate", "--config=suites:shapes", "--workdir=x", "--checkpoint=nowhere"], "nowhere: no config.json"),
         (
-            ["evaluate", "--config=suites:vqav2", "--workdir=x", "--checkpoint=y", "--config.vqav2.images=z"],
-            "to be set: --config.vqav2.annotations=..., --config.vqav2.questions=...",
+            ["evaluate", "--config=suites:vqav2", "--workdir=x"],
+            "give --checkpoint=DIR, or --clip=DIR and",
+        ),
+        (
+            ["evaluate", "--config=suites:vqav2", "--workdir=x", "--clip=a", "--bart=b", "--config.vqav2.images=z"],
+            "val2014_annotations.json (config.vqav2.annotations), z (config.vqav2.images); --config.root=DIR tells",
         ),
         (["demo", "--workdir=/dev/null/x"], "/dev/null/x: cannot be used as --workdir"),
     ],

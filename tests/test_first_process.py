@@ -21,7 +21,7 @@ import jax
 from tiny import tiny_config
 from vlkd_jax import metrics, runtime
 from vlkd_jax.errors import UserError
-from vlkd_jax.evaluate import write_rows
+from vlkd_jax.evals.runner import write_rows
 from vlkd_jax.identity import check_inputs, hash_inputs, read_inputs, record_inputs
 from vlkd_jax.metrics import MetricWriter, say
 from vlkd_jax.workdir import claim

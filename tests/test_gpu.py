@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.workload import Workload, answer, image_memory
 from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.types import TrainState
 
 pytestmark = pytest.mark.gpu
@@ -107,7 +108,7 @@ def test_greedy_answers_are_the_cpus(workload, start, gpu):
         with jax.default_device(device):
             params, frozen, inputs = jax.device_put((*start, prompts), device)
             image = image_memory(workload.student, workload.teacher, params, frozen["clip"], inputs.pixels)
-            return np.asarray(answer(workload.student, params, image, inputs, 10))
+            return np.asarray(answer(workload.student, params, image, inputs, Decoding(max_new_tokens=10)))
 
     given = answers(gpu)
     np.testing.assert_array_equal(given, answers(CPU))

@@ -23,6 +23,8 @@ OPTIONS = {"data__context_length": 0, "loss__denoise": 0.5, "student__whiten": 1
 MESH = {"mesh__data": 2, "mesh__fsdp": 4}
 LOST = 4
 """Exit code of a process that has lost another one."""
+STEPS = 14
+"""Of a run that is interrupted."""
 WATCHDOG = 60
 """Seconds: a busy machine's first step takes some 20, compilation included."""
 TIMES = int(os.environ.get("VLKD_FAULTS", "1"))
@@ -147,8 +149,8 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(assets, two
 
 @pytest.fixture(scope="module")
 def long_run(assets):
-    """Function (workdir, watchdog_seconds) -> arguments of sixty steps, time enough to send signals."""
-    options = {**OPTIONS, **MESH, "steps": 60, "save_every": 4}
+    """Function (workdir, watchdog_seconds) -> arguments of steps that last long enough to send signals."""
+    options = {**OPTIONS, **MESH, "steps": STEPS, "save_every": 4}
     return lambda workdir, watchdog=0: arguments(assets, workdir, **options, watchdog_seconds=watchdog)
 
 
@@ -166,7 +168,7 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(long_run, uninterrupt
     for attempt in range(TIMES):
         workdir = tmp_path / str(attempt)
         job = Processes("train", long_run(workdir, WATCHDOG))
-        wait_for(functools.partial(reached, workdir, 6 + attempt))
+        wait_for(functools.partial(reached, workdir, 5 + attempt))
         job.processes[attempt % 2].send_signal(number)
         lost, other = time.monotonic(), job.processes[1 - attempt % 2]
         other.wait(3 * WATCHDOG)
@@ -184,14 +186,14 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(long_run, uninterrupt
 
 def test_sigterm_to_one_stops_all_at_one_step(long_run, uninterrupted, tmp_path):
     job = Processes("train", long_run(tmp_path))
-    wait_for(lambda: reached(tmp_path, 6))
+    wait_for(lambda: reached(tmp_path, 5))
     job.processes[1].send_signal(signal.SIGTERM)
     asked = time.monotonic()
     ended = job.wait(60)
     assert time.monotonic() - asked < 30
     assert ended.codes == [143, 143], ended.errors
     step = load_run(tmp_path)[2]
-    assert f"step {step} is saved" in ended.errors[0] and step < 60
+    assert f"step {step} is saved" in ended.errors[0] and step < STEPS
     assert run("train", long_run(tmp_path)).codes == [0, 0]
     same_bits(load_run(tmp_path)[1], load_run(uninterrupted)[1])
 

@@ -125,7 +125,7 @@ def test_predictions(models, pictures, theirs):
     model = VLKD.of(task, params, task.load_frozen(), one_device())
     np.testing.assert_allclose(model.embed_images(pictures), theirs[0], atol=CLOSE)
     requests = [predict.Request([5], [6], image) for image in pictures]
-    memory, image_of = predict._image_memory(model, requests, len(requests))
+    memory, image_of = predict._image_memory(model, predict._different_images(model, requests, len(requests)))
     prefix = model.student.apply({"params": params}, theirs[1], method="image_prefix")
     expected = decoding.project_memory(model.bart, params["bart"], prefix, np.ones(prefix.shape[:2], bool))
     assert image_of.tolist() == [0, 1, 2, 3]

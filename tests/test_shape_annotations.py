@@ -17,16 +17,17 @@ from conftest import CHECKED
 from jaxtyping import TypeCheckError
 from tiny import ROOT, environment
 
+import vlkd_jax.decoding
 import vlkd_jax.models
 import vlkd_jax.tasks
 from vlkd_jax import decoding, losses
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.configs import BartConfig
 
+PACKAGES = (vlkd_jax.decoding, vlkd_jax.models, vlkd_jax.tasks)
 MODULES = (
-    *(f"vlkd_jax.models.{module.name}" for module in pkgutil.iter_modules(vlkd_jax.models.__path__)),
-    *(f"vlkd_jax.tasks.{module.name}" for module in pkgutil.iter_modules(vlkd_jax.tasks.__path__)),
-    *(name for name in CHECKED if name not in ("vlkd_jax.models", "vlkd_jax.tasks")),
+    *(f"{package.__name__}.{module.name}" for package in PACKAGES for module in pkgutil.iter_modules(package.__path__)),
+    *(name for name in CHECKED if name not in [package.__name__ for package in PACKAGES]),
 )
 UNSHAPED = (jax.Array, np.ndarray, inspect.Parameter.empty)
 """What an annotation may neither be nor hold: arrays of any shape, and nothing at all."""
@@ -56,7 +57,7 @@ def test_a_model_refuses_a_mask_of_another_length_or_type(params):
 def test_decoding_refuses_a_mask_of_another_prefix(params):
     memory = decoding.project_memory(BART, params, jnp.ones((2, 3, 8)), MASK[:, :3])
     with pytest.raises(TypeCheckError, match="prefix_mask"):
-        decoding.greedy(BART, params, memory, IDS, MASK[:, :4], 2)
+        decoding.greedy(decoding.make_decoder(BART, params, memory), IDS, MASK[:, :4], decoding.Decoding())
 
 
 def test_tracers_are_checked_too():
@@ -111,8 +112,8 @@ def test_what_is_incomplete_is_found():
         return a
 
     assert incomplete(function) == ["a", "b", "c", "return"]
-    assert [name for name, _ in public(decoding)] == [
-        *("project_memory", "join_memories", "take_rows", "prefill", "step", "greedy")
+    assert [name for name, _ in public(importlib.import_module("vlkd_jax.decoding.cache"))] == [
+        *("project_memory", "join_memories", "take_rows", "make_decoder", "empty_cache", "extend", "prefill", "score")
     ]
     assert "Bart.__call__" in dict(public(importlib.import_module("vlkd_jax.models.bart")))
 

@@ -25,7 +25,7 @@ from tiny import tiny_config
 from vlkd_jax import checkpoint, metrics, storage, workdir
 from vlkd_jax.checkpoint import Checkpoints, check_directory
 from vlkd_jax.errors import UserError
-from vlkd_jax.evaluate import read_rows, write_rows
+from vlkd_jax.evals.runner import read_rows, write_rows
 from vlkd_jax.identity import check_inputs, hash_inputs, read_inputs, record_inputs
 from vlkd_jax.manifest import MANIFEST, Damaged, hash_files, verify_all, write_manifest
 from vlkd_jax.metrics import MetricWriter

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlkd_jax import predict, sharding
 from vlkd_jax.configs import base
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
@@ -130,4 +131,4 @@ def generate(model, batch_size, sources, prefixes, max_new_tokens, images=None, 
         )
         for k, (source, prefix) in enumerate(zip(sources, prefixes, strict=True))
     ]
-    return list(predict.generate(model, requests, max_new_tokens, batch_size))
+    return [text for (text,) in predict.generate(model, requests, Decoding(max_new_tokens=max_new_tokens), batch_size)]

@@ -101,21 +101,22 @@ COMMANDS = {
     "evaluate": Command(
         module="vlkd_jax.evaluate",
         summary="zero-shot questions, captions and retrieval with a trained student",
-        description="Zero-shot evaluation of the newest checkpoint of a training run. OUT receives metrics.json and "
-        "NAME/predictions.jsonl.",
+        description="Zero-shot evaluation of the newest checkpoint of a training run, or of a CLIP and a BART before "
+        "distillation. OUT receives metrics.json and NAME/predictions.jsonl; the same command again goes on where one "
+        "was cut off.",
         options=(
             Option(
                 "config",
                 "suites:NAME[,NAME]",
-                "suites by name: shapes, vqav2, coco_caption; or the path of your FILE.py",
+                "suites by name, as configs/suites.py lists them, or the path of your FILE.py",
                 kind="config",
                 required=True,
                 overrides="overrides a field of configs/suites.py, such as --config.shapes.questions=700",
             ),
-            Option("checkpoint", "DIR", "--workdir of the training run", required=True),
+            Option("checkpoint", "DIR", "--workdir of the training run; without it --clip and --bart are evaluated"),
             Option("workdir", "OUT", "directory of the results", required=True),
-            Option("clip", "DIR", "where the run's CLIP lies now, if it has moved"),
-            Option("bart", "DIR", "where the run's BART lies now, if it has moved"),
+            Option("clip", "DIR", "a Hugging Face CLIP; with --checkpoint: where the run's lies now, if it has moved"),
+            Option("bart", "DIR", "a Hugging Face BART; likewise"),
             *PROCESSES,
         ),
         example="--config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation",

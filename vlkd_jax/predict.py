@@ -6,10 +6,12 @@ decoder's keys and values of them, is computed once for all of its questions in 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
@@ -17,9 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vlkd_jax import decoding, sharding
+from vlkd_jax import sharding
 from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import pad
+from vlkd_jax.decoding import (
+    Candidates,
+    Decoder,
+    Decoding,
+    Memory,
+    decode,
+    join_memories,
+    make_decoder,
+    pack,
+    project_memory,
+    take_rows,
+)
+from vlkd_jax.decoding import rank as rank_texts
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip, normalize_pixels
@@ -34,6 +49,8 @@ BATCH_SIZE = 64
 """Rows of a batch where nothing else is said."""
 WIDTH_STEP = 16
 """Room for texts is a multiple of this, so that few shapes are compiled."""
+RANKED_TOKENS = 1024
+"""Tokens of a batch's candidates that are scored at once."""
 Item = TypeVar("Item")
 
 
@@ -46,42 +63,99 @@ class Request:
       prefix: ids the decoder is forced through first (`<s>` is put before them).
       image: what the decoder reads beside it, or None; requests in a row that hold the same object share it.
       context: ids of a text that stands in the memory where an image would, or empty.
+      draw: what the text depends on beside the seed where it is drawn at random, below 2**31.
     """
 
     source: list[int]
     prefix: list[int]
     image: Image.Image | np.ndarray | None = None
     context: list[int] = dataclasses.field(default_factory=list)
+    draw: int = 0
 
 
 def generate(
-    model: VLKD, requests: Iterable[Request], max_new_tokens: int, batch_size: int = BATCH_SIZE
-) -> Iterator[str]:
-    """Greedy continuations, one for each request, as the batches are done; either all have an image or none.
+    model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[str, ...]]:
+    """Continuations, `decoding.returns` for each request, as the batches are done; either all have an image or none.
+
+    Requests are read ahead, in a thread, while the devices work.
 
     Raises:
       UserError: a source, a context, or a prefix with its continuation is longer than the model's positions.
     """
-    for rows in _chunks(requests, batch_size):
-        texts = _texts(model, rows, max_new_tokens, batch_size)
-        image = None if rows[0].image is None else _image_memory(model, rows, batch_size)
-        limits = {"vocab_size": model.bart_text.vocab_size, "max_new_tokens": max_new_tokens}
-        ids = _on_mesh(model, _generate, (model.bart, model.bart_params), (image, *texts), **limits)
-        for row in np.asarray(ids)[: len(rows)]:
-            yield model.bart_text.decode(row[row != model.bart_text.pad])
+    text = model.bart_text
+    options = {"vocab_size": text.vocab_size, "options": decoding}
+    for rows, images, texts in _batches(model, requests, decoding.max_new_tokens, batch_size):
+        inputs = _image_memory(model, images), *texts
+        ids = _on_mesh(model, _generate, (model.bart, model.bart_params), inputs, **options)
+        for texts in np.asarray(ids)[: len(rows)]:
+            yield tuple(text.decode(row[row != text.pad]) for row in texts)
+
+
+def rank(
+    model: VLKD, requests: Iterable[Request], candidates: Sequence[str], batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[str, float]]:
+    """The likeliest candidate for each request, and its log-likelihood (the sum over its tokens and `</s>`).
+
+    Raises:
+      UserError: as `generate`; no candidates, or an empty one.
+    """
+    text = model.bart_text
+    ids = [text.encode(f" {candidate.strip()}") for candidate in candidates if candidate.strip()]
+    if not ids or len(ids) < len(candidates):
+        raise UserError(f"{len(candidates) - len(ids)} of {len(candidates)} answers to choose from are empty")
+    packed = pack(ids, text.eos, max(WIDTH_STEP, RANKED_TOKENS // batch_size))
+    longest = max(map(len, ids))
+    for rows, images, texts in _batches(model, requests, longest, batch_size):
+        models, inputs = (model.bart, model.bart_params, packed), (_image_memory(model, images), *texts)
+        scores = _on_mesh(model, _rank, models, inputs, vocab_size=text.vocab_size)
+        for row in np.asarray(scores)[: len(rows)]:
+            yield candidates[row.argmax()], float(row.max())
+
+
+def _batches(model: VLKD, requests: Iterable[Request], new_tokens: int, batch_size: int):
+    """(requests of a batch, their images, their texts), prepared in a thread."""
+
+    def prepare(rows: list[Request]):
+        images = None if rows[0].image is None else _different_images(model, rows, batch_size)
+        return rows, images, _texts(model, rows, new_tokens, batch_size)
+
+    return _ahead(map(prepare, _chunks(requests, batch_size)))
+
+
+def _ahead(items: Iterator[Item], count: int = 2) -> Iterator[Item]:
+    """Items of which `count` are made in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = collections.deque(thread.submit(next, items, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
 
 
 def _texts(model: VLKD, rows: list[Request], max_new_tokens: int, batch_size: int):
-    """(source, context or None, prefix), each (ids, mask) with room for `batch_size` rows."""
+    """(source, context or None, prefix, draws) with room for `batch_size` rows, the first three (ids, mask)."""
+    filled = _fill(rows, batch_size)
+    lists = _lists(model, filled, max_new_tokens)
+    padded = (None if ids is None else pad(ids, _width(ids, room), model.bart_text.pad) for ids, room in lists)
+    return *padded, np.array([row.draw for row in filled], np.int32)
+
+
+def _lists(model: VLKD, rows: list[Request], max_new_tokens: int) -> tuple[tuple[list[list[int]] | None, int], ...]:
+    """(ids of each row, how many there is room for) of sources, contexts if any, and prefixes."""
     text, limit = model.bart_text, model.bart.config.max_position_embeddings
     first = [model.bart.config.decoder_start_token_id, text.bos]  # as training starts, whatever a directory forces
-    filled = _fill(rows, batch_size)
-    lists = (
-        ([text.wrap(row.source) for row in filled], limit),
-        ([text.wrap(row.context) for row in filled], limit) if rows[0].context else (None, limit),
-        ([first + row.prefix for row in filled], limit - max_new_tokens),
+    return (
+        ([text.wrap(row.source) for row in rows], limit),
+        ([text.wrap(row.context) for row in rows], limit) if rows[0].context else (None, limit),
+        ([first + row.prefix for row in rows], limit - max_new_tokens),
     )
-    return tuple(None if ids is None else pad(ids, _width(ids, room), text.pad) for ids, room in lists)
+
+
+def check_request(model: VLKD, request: Request, max_new_tokens: int) -> None:
+    """Raises UserError when one of its texts is longer than the model's positions."""
+    for ids, room in _lists(model, [request], max_new_tokens):
+        if ids is not None:
+            _width(ids, room)
 
 
 def _width(rows: Sequence[list[int]], room: int) -> int:
@@ -92,16 +166,23 @@ def _width(rows: Sequence[list[int]], room: int) -> int:
     return min(-(-longest // WIDTH_STEP) * WIDTH_STEP, room)
 
 
-def _image_memory(model: VLKD, rows: list[Request], batch_size: int) -> tuple[decoding.Memory, np.ndarray]:
-    """The memories of the different images, and which of them each row reads [batch_size]."""
+def _different_images(model: VLKD, rows: list[Request], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of the different images, and which of them each row reads [batch_size]."""
     number: dict[int, int] = {}
     image_of = [number.setdefault(id(row.image), len(number)) for row in rows]
     images = {image: row.image for image, row in zip(image_of, rows, strict=True)}
     room = 1 << (len(images) - 1).bit_length()  # powers of two: few shapes are compiled
     pixels = _pixels(model, images.values(), min(max(room, sharding.row_shards(model.mesh)), batch_size))
+    return pixels, np.array(image_of + [0] * (batch_size - len(rows)))
+
+
+def _image_memory(model: VLKD, images: tuple[np.ndarray, np.ndarray] | None) -> tuple[Memory, np.ndarray] | None:
+    """The memories of the different images, and which of them each row reads."""
+    if images is None:
+        return None
+    pixels, image_of = images
     models = model.student, model.teacher, model.image_tokens, model.params, model.clip_params
-    memory = _on_mesh(model, _project_images, models, (pixels,))
-    return memory, np.array(image_of + [0] * (batch_size - len(rows)))
+    return _on_mesh(model, _project_images, models, (pixels,)), image_of
 
 
 def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) -> np.ndarray:
@@ -112,38 +193,59 @@ def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _project_images(
     student: Student, teacher: Clip, image_tokens: str, params: Params, clip_params: Params, pixels: Array
-) -> decoding.Memory:
+) -> Memory:
     normalised = normalize_pixels(pixels, teacher.config.preprocessing)
     output = teacher.apply({"params": clip_params}, normalised, method="encode_images")
     tokens = select_tokens(output, image_tokens)
     prefix = student.apply({"params": params}, tokens, method="image_prefix")
     bart = Bart(student.config, dtype=student.dtype)
-    return decoding.project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
+    return project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_size", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_size", "options"))
 def _generate(
-    bart: Bart, params: Params, image, source, context, prefix, vocab_size: int, max_new_tokens: int
+    bart: Bart, params: Params, image, source, context, prefix, draws, vocab_size: int, options: Decoding
 ) -> Array:
-    """The decoder reads [image or encoded context, if any; encoded source] and gives ids below `vocab_size`."""
+    """Ids below `vocab_size` [B, returns, max_new_tokens]."""
+    decoder = _decoder(bart, params, image, source, context, vocab_size)
+    return sharding.constrain(decode(decoder, *prefix, draws, options))  # whole on every process
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")
+def _rank(
+    bart: Bart, params: Params, candidates: Candidates, image, source, context, prefix, draws, vocab_size: int
+) -> Array:
+    """Log-likelihoods [B, C]."""
+    decoder = _decoder(bart, params, image, source, context, vocab_size)
+    return sharding.constrain(rank_texts(decoder, *prefix, candidates))
+
+
+def _decoder(bart: Bart, params: Params, image, source, context, vocab_size: int) -> Decoder:
+    """The decoder reads [image or encoded context, if any; encoded source]."""
     bias = params["final_logits_bias"]  # where every way of decoding meets the embedding rows that no token has
     params = params | {"final_logits_bias": jnp.where(jnp.arange(bias.shape[-1]) < vocab_size, bias, -jnp.inf)}
-    memories = [] if image is None else [decoding.take_rows(*image)]
+    memories = [] if image is None else [take_rows(*image)]
     for ids, mask in [text for text in (context, source) if text is not None]:
         hidden = bart.apply({"params": params}, ids, mask, method="encode")
-        memories.append(decoding.project_memory(bart, params, hidden, mask))
-    ids = decoding.greedy(bart, params, decoding.join_memories(*memories), *prefix, max_new_tokens)
-    return sharding.constrain(ids)  # whole on every process
+        memories.append(project_memory(bart, params, hidden, mask))
+    return make_decoder(bart, params, join_memories(*memories))
 
 
 def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_size: int = BATCH_SIZE) -> np.ndarray:
-    """The teacher's image embeddings [n, E], L2-normalised."""
+    """The teacher's image embeddings [n, E], L2-normalised; n at least 1."""
+    return np.concatenate(list(image_embeddings(model, images, batch_size)))
 
-    def embed(rows: list[Image.Image | np.ndarray]) -> Array:
-        pixels = _pixels(model, rows, batch_size)
-        return _on_mesh(model, _embed_images, (model.teacher, model.clip_params), (pixels,))
 
-    return _over_batches(embed, images, batch_size)
+def image_embeddings(
+    model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_size: int = BATCH_SIZE
+) -> Iterator[np.ndarray]:
+    """The teacher's image embeddings [rows of a batch, E], L2-normalised, as they are done; images are read ahead."""
+
+    def prepare(rows: list[Image.Image | np.ndarray]) -> tuple[int, np.ndarray]:
+        return len(rows), _pixels(model, rows, batch_size)
+
+    for count, pixels in _ahead(map(prepare, _chunks(images, batch_size))):
+        yield np.asarray(_on_mesh(model, _embed_images, (model.teacher, model.clip_params), (pixels,)))[:count]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from vlkd_jax.configs.suites import CAPTION, QUESTION
 from vlkd_jax.data.images import open_image, to_rgb
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.errors import UserError
 from vlkd_jax.identity import MODELS, check_inputs, hash_inputs, read_inputs
 from vlkd_jax.models.bart import Bart
@@ -123,6 +124,24 @@ class VLKD:
         identity = {"directory": os.fspath(locate(directory)), "step": step, "inputs": read_inputs(directory)}
         return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity)
 
+    @classmethod
+    def from_pair(cls, clip: str | Path, bart: str | Path, mesh: Mesh | None = None, seed: int = 0) -> VLKD:
+        """The student that two Hugging Face directories are before distillation: its two linears are random.
+
+        Args:
+          mesh: the devices to use; default: one.
+          seed: of the linears.
+
+        Raises:
+          UserError: a directory that cannot be read.
+        """
+        mesh = one_device() if mesh is None else mesh
+        config = ConfigDict(with_defaults({"clip": os.fspath(clip), "bart": os.fspath(bart), "seed": seed}))
+        task = make_task(config)
+        layout, frozen_layout = (sharding.shardings(part, mesh) for part in task.abstract())
+        identity = {"clip": config.clip, "bart": config.bart, "seed": seed, "inputs": hash_inputs(config, MODELS)}
+        return cls.of(task, task.load_params(layout), task.load_frozen(frozen_layout), mesh, identity)
+
     def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
         """Zero-shot answers, one for each picture and its question.
 
@@ -147,7 +166,7 @@ class VLKD:
             )
             for image, values in zip(images, fields, strict=True)
         )
-        return list(predict.generate(self, requests, max_new_tokens))
+        return [text for (text,) in predict.generate(self, requests, Decoding(max_new_tokens=max_new_tokens))]
 
     def embed_images(self, images: Iterable[Picture]) -> np.ndarray:
         """The teacher's image embeddings [n, E], L2-normalised. Raises RecordError for a picture it cannot read."""

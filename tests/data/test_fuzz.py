@@ -11,7 +11,7 @@ from PIL import Image
 from configs import suites
 from vlkd_jax.data.sources import FolderPairs, TextLines
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals import official
+from vlkd_jax.evals import caption_suite, vqa_suite
 
 EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(st.characters(), max_size=8)  # lone surrogates among them
@@ -70,7 +70,7 @@ def read_or_refuse(read, path):
 def items(name, **files):
     suite = suites.get_config(name)[name]
     suite.update({field: str(path) for field, path in files.items()})
-    return lambda: list({"vqav2": official.vqa_items, "coco_caption": official.caption_items}[name](suite))
+    return lambda: list({"vqav2": vqa_suite.vqa_items, "coco_caption": caption_suite.caption_items}[name](suite))
 
 
 @EXAMPLES
@@ -117,4 +117,4 @@ def test_questions_and_answers(folder, questions, answers, which):
         return
     for prompt in prompts:  # what is let through can be scored
         row = prompt.row | {"raw": "x"}
-        assert 0 <= official.judge_answer(row)["score"] <= 1
+        assert 0 <= vqa_suite.judge_answer(row)["score"] <= 1

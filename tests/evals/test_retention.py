@@ -49,11 +49,11 @@ def test_each_question_is_asked_beside_its_description(assets, monkeypatch):
     expected = {(item.context, item.question): f"answer {k}" for k, item in enumerate(items)}
     text = BartText(assets / "bart")
 
-    def generate(model, requests, max_new_tokens):
+    def generate(model, requests, decoding):
         for request in requests:
             assert request.source == [*request.prefix, text.mask] and request.image is None
             question = text.decode(request.prefix).removeprefix("question: ").removesuffix(" answer:")
-            yield expected[text.decode(request.context), question]
+            yield (expected[text.decode(request.context), question],)
 
     monkeypatch.setattr(retention, "generate", generate)
     answers = answer_texts(types.SimpleNamespace(bart_text=text), items)

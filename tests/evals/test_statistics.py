@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from vlkd_jax.evals import statistics
-from vlkd_jax.evals.retrieval import text_to_image_hits
 from vlkd_jax.evals.statistics import interval
 
 
@@ -64,13 +63,3 @@ def test_a_statistic_of_several_columns(rng):
 def test_no_variation_gives_a_point():
     assert interval(np.ones(10), range(10)) == (1, 1)
     assert interval(np.array([0.0, 1.0]), [4, 4]) == (0.5, 0.5)
-
-
-def test_retrieval_hits_and_ties():
-    images = np.eye(3)
-    assert text_to_image_hits(np.eye(3), images).tolist() == [True, True, True]
-    assert text_to_image_hits(np.eye(3)[[1, 0, 2]], images).tolist() == [False, False, True]
-    same = np.tile([[1.0, 0.0]], (3, 1))  # every text and every picture alike: one hit, not three
-    assert text_to_image_hits(same, same).tolist() == [True, False, False]
-    twins = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert text_to_image_hits(twins, twins).tolist() == [True, False, True]

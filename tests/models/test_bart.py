@@ -1,9 +1,7 @@
-"""BART against Hugging Face's torch implementation: sub-modules, whole, gradients, training and cached decoding."""
+"""BART against Hugging Face's torch implementation: sub-modules, whole, gradients and training."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ import torch
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import names
 from vlkd_jax.hf.load import load_bart
-from vlkd_jax.models.attention import Attention, KeyValue
+from vlkd_jax.models.attention import Attention
 from vlkd_jax.models.bart import Bart, BartDecoder, BartEncoder, DecoderLayer, EncoderLayer, shift_right
 
 MODULE, WHOLE = 1e-5, 1e-4
@@ -240,91 +238,6 @@ def test_remat_changes_nothing(tiny, rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, other)
 
 
-class Decoding(NamedTuple):
-    """A decoder at work on `ids` [3, T] over `memory`, and `hidden`, what it gives without a cache."""
-
-    bart: Bart
-    ids: np.ndarray
-    memory: np.ndarray
-    mask: np.ndarray
-    hidden: np.ndarray
-    step: Callable
-    cache: KeyValue
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def cached_step(bart, variables, ids, positions, cache, cross, mask):
-    cache_mask = jnp.arange(TARGET) <= positions[..., None]
-    return bart.apply(variables, ids, positions, cache, cross, mask, cache_mask, method="decode_step")
-
-
-@pytest.fixture
-def decoding(both, rng, apply):
-    _, config, params = both
-    bart = Bart(config)
-    ids, _ = texts(rng, TARGET, padded=False)
-    memory, mask = memory_of(rng)
-    cross = apply(bart, params, memory, method="cross_cache")
-
-    def step(ids, positions, cache):
-        return cached_step(bart, {"params": params}, ids, positions, cache, cross, mask)
-
-    hidden = apply(bart, params, ids, memory, mask, method="decode")
-    cache = bart.apply({"params": params}, 3, TARGET, method="init_cache")
-    return Decoding(bart, ids, memory, mask, np.asarray(hidden), step, cache)
-
-
-def test_caches_have_the_promised_shapes(both, rng):
-    _, config, params = both
-    bart, heads = Bart(config), config.decoder_attention_heads
-    memory, _ = memory_of(rng)
-    cache = bart.apply({"params": params}, 3, TARGET, method="init_cache")
-    cross = jax.eval_shape(lambda: bart.apply({"params": params}, memory, method="cross_cache"))
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(2, 3, TARGET, heads, WIDTH // heads)}
-    assert {leaf.shape for leaf in jax.tree.leaves(cross)} == {(2, 3, memory.shape[1], heads, WIDTH // heads)}
-
-
-def test_cached_equals_uncached_token_by_token(decoding):
-    cache = decoding.cache
-    for position in range(TARGET):
-        column = slice(position, position + 1)
-        ours, cache = decoding.step(decoding.ids[:, column], np.full((3, 1), position), cache)
-        np.testing.assert_allclose(ours, decoding.hidden[:, column], atol=MODULE, rtol=0)
-
-
-def test_cached_equals_uncached_after_a_prompt_in_one_step(decoding):
-    ids, hidden = decoding.ids, decoding.hidden
-    prompt, cache = decoding.step(ids[:, :5], np.tile(np.arange(5), (3, 1)), decoding.cache)
-    ours, _ = decoding.step(ids[:, 5:6], np.full((3, 1), 5), cache)
-    np.testing.assert_allclose(prompt, hidden[:, :5], atol=MODULE, rtol=0)
-    np.testing.assert_allclose(ours, hidden[:, 5:6], atol=MODULE, rtol=0)
-
-
-def test_cached_equals_uncached_with_rows_at_different_positions(decoding):
-    rows, cache, checked = np.arange(3), decoding.cache, 0
-    for time in range(TARGET + 4):
-        positions = time - 2 * rows  # row r starts 2 r steps late and waits at the end
-        active = (positions >= 0) & (positions < TARGET)
-        column = np.clip(positions, 0, TARGET - 1)
-        written = np.where(active, positions, TARGET)[:, None]
-        ours, cache = decoding.step(decoding.ids[rows, column][:, None], written, cache)
-        ours, expected = np.asarray(ours)[:, 0], decoding.hidden[rows, column]
-        np.testing.assert_allclose(ours[active], expected[active], atol=MODULE, rtol=0)
-        assert np.isfinite(ours).all()
-        checked += active.sum()
-    assert checked == 3 * TARGET
-
-
-def test_beams_share_a_memory(decoding, both, apply):
-    bart, ids = decoding.bart, decoding.ids
-    beams = np.concatenate([ids, ids[:, ::-1]], axis=1).reshape(6, TARGET)  # rows 2 r and 2 r + 1 read memory r
-    repeated = np.repeat(decoding.memory, 2, axis=0), np.repeat(decoding.mask, 2, axis=0)
-    hidden = apply(bart, both[2], beams, *repeated, method="decode")
-    cache = bart.apply({"params": both[2]}, 6, TARGET, method="init_cache")
-    ours, _ = decoding.step(beams, np.tile(np.arange(TARGET), (6, 1)), cache)
-    np.testing.assert_allclose(ours, hidden, atol=MODULE, rtol=0)
-
-
 def test_a_row_that_may_read_nothing_stays_finite(tiny, rng, apply):
     _, config, params = tiny
     batch = list(infilling_batch(rng))
@@ -373,7 +286,6 @@ def test_bfloat16_activations_and_float32_logits(tiny, rng, apply):
     exact = apply(Bart(config), params, ids, mask, ids)
     bart = Bart(config, dtype=jnp.bfloat16)
     assert jax.eval_shape(lambda: bart.apply({"params": params}, ids, mask, method="encode")).dtype == jnp.bfloat16
-    assert bart.apply({"params": params}, 1, 4, method="init_cache").key.dtype == jnp.bfloat16
     logits = apply(bart, params, ids, mask, ids)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()

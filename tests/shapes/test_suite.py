@@ -61,23 +61,23 @@ def answer_with(monkeypatch, suite, choose):
         scenes[world.render(scene).tobytes()] = index, scene
     by_question = {question: answer for (_, question), answer in about.items()}
 
-    def generate(model, requests, max_new_tokens, batch_size):
+    def generate(model, requests, decoding, batch_size):
         text = model.bart_text
         for request in requests:
             prompt, source = text.decode(request.prefix), text.decode(request.source)
             assert request.source.count(text.mask) == 1
             if prompt == "a picture of":
                 _, scene = scenes[request.image.tobytes()]
-                yield " and ".join("a {} {} {} at {}".format(*t.attributes) for t in scene.things)
+                yield (" and ".join("a {} {} {} at {}".format(*t.attributes) for t in scene.things),)
                 continue
             assert source == prompt  # but for the mask
             question = prompt.removeprefix("question: ").removesuffix(" answer:")
             if request.context:
-                yield choose(written[text.decode(request.context), question])
+                yield (choose(written[text.decode(request.context), question]),)
             elif request.image is None:
-                yield choose(by_question[question])
+                yield (choose(by_question[question]),)
             else:
-                yield choose(about[scenes[request.image.tobytes()][0], question])
+                yield (choose(about[scenes[request.image.tobytes()][0], question]),)
 
     monkeypatch.setattr(predict, "generate", generate)
 

@@ -65,7 +65,7 @@ class TextLines:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        lines = [line.removesuffix("\r") for line in _read_text(self.path).split("\n")]
+        lines = [line.removesuffix("\r") for line in read_text(self.path).split("\n")]
         self.lines = [line for line in lines if line.strip()]
         if not self.lines:
             raise UserError(f"{self.path}: no text in it; give a file with one text a line")
@@ -237,7 +237,7 @@ def _held_out_keys(keys: set[str], every: int) -> set[str]:
     return chosen if 0 < len(chosen) < len(keys) else {min(hashes, key=hashes.__getitem__)}
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A file's text without the byte order mark that Windows programs put before it."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -257,7 +257,7 @@ def read_json(path: str | Path):
     """
     path = Path(path) if isinstance(path, str) else path  # a run may lie in an object store
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as e:
         raise UserError(f"{path} line {e.lineno}: not JSON ({e.msg}); correct the file") from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets thousands deep
@@ -309,7 +309,7 @@ def _coco_pair(path: Path, where: str, annotation: dict, files: dict) -> tuple[s
 
 def _jsonl_pairs(path: Path) -> Pairs:
     pairs: Pairs = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -328,7 +328,7 @@ def _jsonl_pairs(path: Path) -> Pairs:
 
 def _tsv_pairs(path: Path) -> Pairs:
     pairs: Pairs = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         row = line.rstrip("\r").split("\t")
         if line.strip() and len(row) != 2:
             message = f"{path} line {number}: {len(row)} fields, not 2; a line is image<TAB>caption"

@@ -12,6 +12,7 @@ import jax
 
 from vlkd_jax import sharding
 from vlkd_jax.data.sources import TextQuestion
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.losses import finish
 from vlkd_jax.predict import Request, generate
 from vlkd_jax.types import Batch, Params
@@ -48,4 +49,4 @@ def answer_texts(model: VLKD, questions: Sequence[TextQuestion], max_new_tokens:
     for question in questions:
         prompt = text.encode(PROMPT.format(question=question.question))
         requests.append(Request([*prompt, text.mask], prompt, context=text.encode(question.context)))
-    return list(generate(model, requests, max_new_tokens))
+    return [text for (text,) in generate(model, requests, Decoding(max_new_tokens=max_new_tokens))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,10 +14,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlkd_jax import predict
-from vlkd_jax.errors import RecordError
-from vlkd_jax.evals.retrieval import text_to_image_hits
+from vlkd_jax.decoding import Decoding
+from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.metrics import say
 from vlkd_jax.vlkd import VLKD
+
+LEFT_OUT, MISS = "left_out", "miss"
+"""What becomes of an item whose picture cannot be used: it has no score, or the score of one that says nothing."""
 
 Row = dict[str, Any]
 """A line of predictions.jsonl: `task`, `id`, `image`, then what was given, what was said and how it scored; or in place
@@ -31,28 +35,36 @@ class Prompt:
     Attributes:
       row: what is known before: `task`, `id`, `image`, `prompt`, `answers` and what else the scores need.
       source, prefix: templates of what the encoder reads, with `<mask>`, and of what the decoder is forced through.
-      new_tokens: at most, `</s>` included; the same for all of a task.
+      decoding: how the text is chosen; the same for all of a task.
       open_image: gives the picture, or None where the question is asked without.
       fields: what the templates' `{name}` become, as plain text.
       context: a text that stands where a picture would.
+      candidates: texts of which the likeliest is taken instead of a generated one; the same for all of a task.
+      cut: the field that is cut at its end where the source would not fit the model; "": none.
     """
 
     row: Row
     source: str
     prefix: str
-    new_tokens: int
+    decoding: Decoding
     open_image: Callable[[], Picture] | None = None
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     context: str = ""
+    candidates: tuple[str, ...] = ()
+    cut: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A text to find its own image by, among the images of the task."""
+    """A picture and the texts that belong to it, to be found among those of all items of the task."""
 
     row: Row
-    text: str
+    texts: tuple[str, ...]
     open_image: Callable[[], Picture]
+
+
+Item = Any
+"""A `Prompt`, a `Match`, or what a suite's own `predict` takes: each has a `row`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,59 +73,109 @@ class Suite:
 
     Attributes:
       items: its config -> what is asked. Raises UserError for files that cannot be used.
+      predict: (model, items of a task, batch size, "student" or "clip") -> rows, of faulty pictures with `fault` as its
+        last ones; None: `Prompt`s are answered.
       judge: a row with `raw` -> what is added to it: `normalised`, `score`, ...
       score: judged rows that have a `score`, one at least, nothing else -> metrics.
       results: all rows -> what the benchmark's server takes; None: it has none.
     """
 
-    items: Callable[[ConfigDict], Iterable[Prompt | Match]]
+    items: Callable[[ConfigDict], Iterable[Item]]
     judge: Callable[[Row], Row]
     score: Callable[[list[Row]], dict[str, Any]]
     results: Callable[[list[Row]], list[dict[str, Any]]] | None = None
+    predict: Callable[[VLKD, list[Item], int, str], Iterator[Row]] | None = None
 
 
-def predict_rows(suite: Suite, items: Iterable[Prompt | Match], model: VLKD, batch_size: int) -> Iterator[Row]:
+def decoding_of(suite: ConfigDict, max_new_tokens: int) -> Decoding:
+    """The suite's `decoding` group. Raises UserError for a field that has no meaning."""
+    decoding = Decoding(max_new_tokens=max_new_tokens, **suite.decoding)
+    decoding.check(f"config.{suite.name}.decoding")
+    return decoding
+
+
+def predict_rows(
+    suite: Suite, items: Iterable[Item], model: VLKD, batch_size: int, tower: str = "student"
+) -> Iterator[Row]:
     """Judged rows, as batches are done; pictures are opened as they are needed.
 
     They come in the items' order, but those of a task whose picture could not be used at its end.
     """
     for _, group in itertools.groupby(items, lambda item: item.row["task"]):
         of_task = list(group)
-        run = _generated if isinstance(of_task[0], Prompt) else _matched
-        for row in run(model, of_task, batch_size):
-            yield row if "fault" in row else row | suite.judge(row)
+        run = _answered if isinstance(of_task[0], Prompt) else suite.predict
+        for row in run(model, of_task, batch_size, tower):
+            if "fault" not in row:
+                yield row | suite.judge(row)
+            elif row.get("unusable") == MISS:
+                yield row | suite.judge(row | {"raw": ""})
+            else:
+                yield row
 
 
-def _generated(model: VLKD, prompts: list[Prompt], batch_size: int) -> Iterator[Row]:
+def with_pictures(items: Iterable[Item], faulty: list[Row]) -> Iterator[tuple[Item, Picture]]:
+    """The items with their pictures, opened one by one; `faulty` receives the rows of those that cannot be used."""
+    for item in items:
+        try:
+            picture = item.open_image()
+        except RecordError as e:
+            say(f"not usable, {e.reason}: {e}")
+            faulty.append(item.row | {"fault": e.reason})
+            continue
+        yield item, picture
+
+
+def check_prompts(name: str, model: VLKD, items: Iterable[Item]) -> None:
+    """Raises UserError naming the suite's first prompt that is longer than the model has room for."""
+    for item in items:
+        if isinstance(item, Prompt):
+            new_tokens = 0 if item.candidates else item.decoding.max_new_tokens
+            try:
+                predict.check_request(model, _request(model, item)[0], new_tokens)
+            except UserError as e:
+                raise UserError(f"{name}: {item.row['task']} {item.row['id']}: {e}") from e
+
+
+def _answered(model: VLKD, prompts: list[Prompt], batch_size: int, _: str) -> Iterator[Row]:
     asked, faulty = deque(), []
     requests = _requests(model, prompts, asked, faulty)
-    for text in predict.generate(model, requests, prompts[0].new_tokens, batch_size):
-        yield asked.popleft() | {"raw": text}
+    decoding, candidates = prompts[0].decoding, prompts[0].candidates
+    if candidates:
+        for text, log_likelihood in predict.rank(model, requests, candidates, batch_size):
+            yield asked.popleft() | {"raw": text, "log_likelihood": log_likelihood}
+    else:
+        for text, *others in predict.generate(model, requests, decoding, batch_size):
+            yield asked.popleft() | {"raw": text} | ({"others": others} if others else {})
     yield from faulty
 
 
 def _requests(model: VLKD, prompts: list[Prompt], asked: deque[Row], faulty: list[Row]) -> Iterator[predict.Request]:
     """The requests, while `asked` receives their rows, and `faulty` those of pictures that cannot be used."""
-    text = model.bart_text
     for _, group in itertools.groupby(prompts, lambda prompt: prompt.row["image"]):
         of_image = list(group)
         try:
             image = of_image[0].open_image() if of_image[0].open_image else None
         except RecordError as e:
-            say(f"left out, {e.reason}: {e}")
+            say(f"not usable, {e.reason}: {e}")
             faulty += [prompt.row | {"fault": e.reason} for prompt in of_image]
             continue
         for prompt in of_image:
-            source = text.encode_template(prompt.source, **prompt.fields)
-            prefix = text.encode_template(prompt.prefix, **prompt.fields)
-            asked.append(prompt.row)
-            yield predict.Request(source, prefix, image, text.encode(prompt.context) if prompt.context else [])
+            request, is_cut = _request(model, prompt)
+            asked.append(prompt.row | ({"cut": True} if is_cut else {}))
+            yield dataclasses.replace(request, image=image)
 
 
-def _matched(model: VLKD, matches: list[Match], batch_size: int) -> Iterator[Row]:
-    images = predict.embed_images(model, (match.open_image() for match in matches), batch_size)
-    texts = [match.text for match in matches]
-    student = text_to_image_hits(predict.embed_texts(model, texts, batch_size), images)
-    teacher = text_to_image_hits(predict.embed_texts_clip(model, texts, batch_size), images)
-    for match, hit, clip_hit in zip(matches, student, teacher, strict=True):
-        yield match.row | {"text": match.text, "hit": bool(hit), "clip_hit": bool(clip_hit)}
+def _request(model: VLKD, prompt: Prompt) -> tuple[predict.Request, bool]:
+    """A prompt without its picture, and whether it had to be cut."""
+    text, fields = model.bart_text, prompt.fields
+    source = text.encode_template(prompt.source, **fields)
+    is_cut = bool(prompt.cut) and len(source) > (room := model.bart.config.max_position_embeddings - 2)
+    if is_cut:
+        head, _, tail = prompt.source.partition(f"{{{prompt.cut}}}")
+        whole = head[len(head.rstrip(" ")) :] + fields[prompt.cut]  # a space belongs to the word behind it
+        head, tail = (text.encode_template(part, **fields) for part in (head.rstrip(" "), tail))
+        source = head + text.encode(whole)[: max(room - len(head) - len(tail), 0)] + tail
+    prefix = text.encode_template(prompt.prefix, **fields)
+    context = text.encode(prompt.context) if prompt.context else []
+    draw = zlib.crc32(f"{prompt.row['task']} {prompt.row['id']}".encode()) >> 1  # drawn texts depend on their item
+    return predict.Request(source, prefix, None, context, draw), is_cut

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from vlkd_jax.evals import official
+from vlkd_jax.evals import caption_suite, classification_suite, retrieval_suite, summary_suite, vqa_suite
 from vlkd_jax.shapes import suite as shapes
 
-SUITES = {"shapes": shapes.SUITE, "vqa": official.VQA, "caption": official.CAPTION}
+SUITES = {
+    "shapes": shapes.SUITE,
+    "vqa": vqa_suite.SUITE,
+    "caption": caption_suite.SUITE,
+    "retrieval": retrieval_suite.SUITE,
+    "classification": classification_suite.SUITE,
+    "summary": summary_suite.SUITE,
+}

@@ -13,10 +13,10 @@ from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of M positions, H heads of width K; all layers' are stacked in front."""
+    """Projected keys and values of M positions, H heads of width K."""
 
-    key: Float[Array, "*layers B M H K"]
-    value: Float[Array, "*layers B M H K"]
+    key: Float[Array, "B H M K"]
+    value: Float[Array, "B H M K"]
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 {length} {length}"]:
@@ -49,8 +49,9 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
     def keys_values(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
-        """Project memory to keys and values [B, M, H, K]."""
-        return KeyValue(self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory)))
+        """Keys and values of memory: heads in front of positions, so that a cache is read as it lies."""
+        keys, values = self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory))
+        return KeyValue(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
 
     def attend(
         self,
@@ -59,14 +60,14 @@ class Attention(nn.Module):
         mask: Bool[ArrayLike, "#B #H #T #M"] | None,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """x reads kv [B, M, H, K] where mask, broadcast to [B, H, T, M], is True."""
+        """x reads kv where mask, broadcast to [B, H, T, M], is True."""
         query = self._heads(self.q_proj(x)) * (self.width // self.num_heads) ** -0.5
-        scores = jnp.einsum("bthk,bmhk->bhtm", query, kv.key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bthk,bhmk->bhtm", query, kv.key, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = self.weight_dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhtm,bmhk->bthk", weights, kv.value)
+        mixed = jnp.einsum("bhtm,bhmk->bthk", weights, kv.value)
         return self.out_proj(mixed.reshape(*x.shape[:-1], self.width))
 
     def __call__(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -77,7 +75,7 @@ class EncoderLayer(BartLayer):
 
 
 class DecoderLayer(BartLayer):
-    """Post-norm decoder layer with three entries: whole sequence, memory projection, cached step."""
+    """Post-norm decoder layer with three entries: whole sequence, memory projection, cached tokens."""
 
     def setup(self) -> None:
         self.self_attn = self._attention(self.config.decoder_attention_heads)
@@ -101,36 +99,33 @@ class DecoderLayer(BartLayer):
         x = self.encoder_attn_layer_norm(x + self.dropout(attended, deterministic=deterministic))
         return self._feed_forward(x, deterministic), None
 
-    def project_memory(self, carry: None, memory: Float[ArrayLike, "B M D"]) -> tuple[None, KeyValue]:
-        """(None, this layer's cross-attention keys and values [B, M, H, K])."""
-        return carry, self.encoder_attn.keys_values(memory)
+    def project_memory(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
+        """This layer's cross-attention keys and values."""
+        return self.encoder_attn.keys_values(memory.astype(self.dtype))
 
-    def step(
+    def extend(
         self,
         x: Float[ArrayLike, "B Q D"],
         cache: KeyValue,
         cross: KeyValue,
-        positions: Int[ArrayLike, "B Q"],
-        cache_mask: Bool[ArrayLike, "B 1 Q length"],
-        memory_mask: Bool[ArrayLike, "R 1 1 M"],
+        at: Int[ArrayLike, ""],
+        cache_mask: Bool[ArrayLike, "B Q L"],
+        memory_mask: Bool[ArrayLike, "B M"],
     ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        """cache [B, length, H, K], cross [R, M, H, K] -> (x, cache with Q entries written)."""
+        """Q tokens read a cache of L slots, their own from slot `at` on included, and the memory: (x, cache)."""
         new = self.self_attn.keys_values(x)
-        rows = jnp.arange(x.shape[0])[:, None]
-        cache = jax.tree.map(lambda old, item: old.at[rows, positions].set(item, mode="drop"), cache, new)
-        x = self.self_attn_layer_norm(x + self.self_attn.attend(x, cache, cache_mask))
-        # Rows that share a memory (beams) become more queries of it, so its keys are never repeated.
-        folded = x.reshape(cross.key.shape[0], -1, x.shape[-1])
-        attended = self.encoder_attn.attend(folded, cross, memory_mask).reshape(x.shape)
+        cache = jax.tree.map(lambda old, item: jax.lax.dynamic_update_slice_in_dim(old, item, at, 2), cache, new)
+        x = self.self_attn_layer_norm(x + self.self_attn.attend(x, cache, cache_mask[:, None]))
+        attended = self.encoder_attn.attend(x, cross, memory_mask[:, None, None, :])
         x = self.encoder_attn_layer_norm(x + attended)
         return self._feed_forward(x, True), cache
 
 
-def _scan(layers: int, in_axes: Any) -> dict:
+def _scan(layers: int) -> dict:
     return {
         "variable_axes": {"params": 0},
         "split_rngs": {"params": True, "dropout": True},
-        "in_axes": in_axes,
+        "in_axes": nn.broadcast,
         "length": layers,
     }
 
@@ -169,8 +164,7 @@ class BartEncoder(BartSide):
     def setup(self) -> None:
         self._setup_embedding()
         layer = remat(EncoderLayer, self.remat, static_argnums=(3,))
-        axes = _scan(self.config.encoder_layers, nn.broadcast)
-        self.layers = nn.scan(layer, **axes)(self.config, self.dtype)
+        self.layers = nn.scan(layer, **_scan(self.config.encoder_layers))(self.config, self.dtype)
 
     def __call__(
         self, embedded: Float[ArrayLike, "B S D"], mask: Bool[ArrayLike, "B S"], deterministic: bool
@@ -180,15 +174,12 @@ class BartEncoder(BartSide):
 
 
 class BartDecoder(BartSide):
-    """Decoder layers: whole sequences, the memory's projection, and cached steps over the same parameters."""
+    """Decoder layers over whole sequences; `vlkd_jax.decoding` runs the same layers over a cache."""
 
     def setup(self) -> None:
         self._setup_embedding()
         layer = remat(DecoderLayer, self.remat, static_argnums=(5,))
-        step_axes = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
-        axes = {"__call__": nn.broadcast, "project_memory": nn.broadcast, "step": step_axes}
-        methods = {name: _scan(self.config.decoder_layers, in_axes) for name, in_axes in axes.items()}
-        self.layers = nn.scan(layer, methods=methods)(self.config, self.dtype)
+        self.layers = nn.scan(layer, **_scan(self.config.decoder_layers))(self.config, self.dtype)
 
     def __call__(
         self,
@@ -201,24 +192,6 @@ class BartDecoder(BartSide):
         x = self.embed(embedded, self._positions(length), deterministic)
         memory = memory.astype(self.dtype)
         return self.layers(x, memory, causal_mask(length), memory_mask[:, None, None, :], deterministic)[0]
-
-    def project_memory(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
-        """Every layer's cross-attention keys and values [layers, B, M, H, K]."""
-        return self.layers.project_memory(None, memory.astype(self.dtype))[1]
-
-    def step(
-        self,
-        embedded: Float[ArrayLike, "B Q D"],
-        positions: Int[ArrayLike, "B Q"],
-        cache: KeyValue,
-        cross: KeyValue,
-        memory_mask: Bool[ArrayLike, "R M"],
-        cache_mask: Bool[ArrayLike, "B Q length"],
-    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        """One cached step; arguments as in `Bart.decode_step`."""
-        # A row parked past the end still needs a finite embedding; its write is dropped.
-        x = self.embed(embedded, jnp.minimum(positions, self.config.max_position_embeddings - 1))
-        return self.layers.step(x, cache, cross, positions, cache_mask[:, None], memory_mask[:, None, None, :])
 
 
 class Bart(nn.Module):
@@ -274,34 +247,10 @@ class Bart(nn.Module):
         table, hidden = table.astype(self.dtype), hidden.astype(self.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32) + bias
 
-    def cross_cache(self, memory: Float[ArrayLike, "B M D"]) -> KeyValue:
-        """Cross-attention keys and values of memory, once for all steps: leaves [layers, B, M, H, K]."""
-        return self.decoder.project_memory(memory)
-
-    def init_cache(self, batch: int, length: int) -> KeyValue:
-        """An empty self-attention cache for `length` decoder positions: leaves [layers, batch, length, H, K] zeros."""
-        config = self.config
-        heads = config.decoder_attention_heads
-        shape = (config.decoder_layers, batch, length, heads, config.d_model // heads)
-        return KeyValue(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-
-    def decode_step(
-        self,
-        ids: Int[ArrayLike, "B Q"],
-        positions: Int[ArrayLike, "B Q"],
-        cache: KeyValue,
-        cross: KeyValue,
-        memory_mask: Bool[ArrayLike, "R M"],
-        cache_mask: Bool[ArrayLike, "B Q length"],
-    ) -> tuple[Float[Array, "B Q D"], KeyValue]:
-        """Q more decoder tokens per row, without dropout: (hidden, new cache).
-
-        Positions are 0-based and free to differ between rows; cache is from `init_cache`, cross from `cross_cache`;
-        cache_mask: which cache entries each token reads, its own included. Keys and values are written at
-        `positions`; a position >= length writes nothing. `cross` and `memory_mask` may have fewer rows, R = B / W:
-        row r then reads memory r // W, which W beams share.
-        """
-        return self.decoder.step(self._embed(ids), positions, cache, cross, memory_mask, cache_mask)
+    def embed_decoder(self, ids: Int[ArrayLike, "B Q"], positions: Int[ArrayLike, "B Q"]) -> Float[Array, "B Q D"]:
+        """What the decoder's first layer reads for tokens at 0-based positions; one past the end counts as the last."""
+        last = self.config.max_position_embeddings - 1
+        return self.decoder.embed(self._embed(ids), jnp.minimum(positions, last))
 
     def __call__(
         self,

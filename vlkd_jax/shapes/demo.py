@@ -18,7 +18,8 @@ from vlkd_jax import entry
 from vlkd_jax.checkpoint import check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
-from vlkd_jax.evaluate import circumstances, evaluate, read_items, read_rows
+from vlkd_jax.evals.runner import read_rows
+from vlkd_jax.evaluate import circumstances, evaluate, read_items
 from vlkd_jax.metrics import say
 from vlkd_jax.shapes.report import write_report
 from vlkd_jax.train import train

@@ -11,13 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy.optimize import linear_sum_assignment
 
+from vlkd_jax import predict
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captions import f1
+from vlkd_jax.evals.retrieval import ranks
 from vlkd_jax.evals.statistics import interval
-from vlkd_jax.evals.suite import Match, Prompt, Row, Suite
+from vlkd_jax.evals.suite import Match, Prompt, Row, Suite, decoding_of
 from vlkd_jax.evals.vqa import exact_match, plain
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import text_questions
+from vlkd_jax.vlkd import VLKD
 
 Attributes = list[tuple[str, str, str, str]]
 """(size, colour, shape, position) of each object; "" where unsaid."""
@@ -62,7 +65,7 @@ def _questions(suite: ConfigDict, task: str) -> Iterator[Prompt]:
             row | {"answers": [question.answer]},
             suite.question_encoder,
             suite.question_decoder,
-            suite.answer_tokens,
+            decoding_of(suite, suite.answer_tokens),
             _picture(suite, index) if task == "vqa" else None,
             {"question": question.question},
         )
@@ -76,7 +79,7 @@ def _captions(suite: ConfigDict) -> Iterator[Prompt]:
             row | {"answers": [", ".join(map(" ".join, things))], "things": things},
             suite.caption_encoder,
             suite.caption_decoder,
-            suite.caption_tokens,
+            decoding_of(suite, suite.caption_tokens),
             _picture(suite, index),
         )
 
@@ -90,7 +93,7 @@ def _text_questions(suite: ConfigDict) -> Iterator[Prompt]:
             row | {"prompt": f"{question.context} {asked}", "answers": [question.answer]},
             suite.question_encoder,
             suite.question_decoder,
-            suite.answer_tokens,
+            decoding_of(suite, suite.answer_tokens),
             None,
             {"question": question.question},
             question.context,
@@ -108,7 +111,19 @@ def _matches(suite: ConfigDict) -> Iterator[Match]:
         seen.add(attributes)
         text = world.caption(scene, world.generator(suite.seed, suite.split, index, 5), complete=1.0)
         row = {"task": "retrieval", "id": f"{suite.split}-{index}", "image": index}
-        yield Match(row, text, _picture(suite, index))
+        yield Match(row, (text,), _picture(suite, index))
+
+
+def _matched(model: VLKD, matches: list[Match], batch_size: int, _: str) -> Iterator[Row]:
+    """Whether each caption finds its picture, by the student's embedding and by the teacher's own."""
+    images = predict.embed_images(model, (match.open_image() for match in matches), batch_size)
+    texts, numbers = [text for match in matches for text in match.texts], np.arange(len(matches))
+    student, teacher = (
+        ranks(embed(model, texts, batch_size), images, numbers, numbers) == 1
+        for embed in (predict.embed_texts, predict.embed_texts_clip)
+    )
+    for match, hit, clip_hit in zip(matches, student, teacher, strict=True):
+        yield match.row | {"text": match.texts[0], "hit": bool(hit), "clip_hit": bool(clip_hit)}
 
 
 def judge(row: Row) -> Row:
@@ -200,4 +215,4 @@ def _by_type(rows: list[Row]) -> dict[str, Any]:
     return metrics
 
 
-SUITE = Suite(items, judge, score)
+SUITE = Suite(items, judge, score, predict=_matched)

@@ -1,6 +1,8 @@
 """The suites for a user's pictures: questions meet their own picture and answers, captions their own references."""
 
+import dataclasses
 import json
+import re
 import types
 
 import numpy as np
@@ -12,9 +14,10 @@ from configs import suites
 from vlkd_jax import predict
 from vlkd_jax.data.text import BartText
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals import official, statistics
+from vlkd_jax.evals import caption_suite, statistics, vqa_suite
+from vlkd_jax.evals.runner import read_rows
 from vlkd_jax.evals.suite import predict_rows
-from vlkd_jax.evaluate import check_left_out, evaluate, read_items, read_rows
+from vlkd_jax.evaluate import check_left_out, evaluate, read_items
 
 SIDE = 8
 SHADES = {7: 20, 3: 60, 11: 100, 5: 140, 2: 180, 9: 220}
@@ -38,12 +41,12 @@ def run(monkeypatch, assets, kind, suite, speak):
     """(metrics, rows) of a model that says `speak(image id, prompt)`: the picture is known by its shade alone."""
     text, by_shade = BartText(assets / "bart"), {shade: image for image, shade in SHADES.items()}
 
-    def generate(model, requests, max_new_tokens, batch_size):
+    def generate(model, requests, decoding, batch_size):
         for request in requests:
             prompt = text.decode(request.prefix)
             assert text.decode(request.source) == prompt  # but for the mask, which is not read out
             assert request.source.count(text.mask) == 1
-            yield speak(by_shade[round(np.asarray(request.image).mean())], prompt)
+            yield (speak(by_shade[round(np.asarray(request.image).mean())], prompt),)
 
     monkeypatch.setattr(predict, "generate", generate)
     rows = list(predict_rows(kind, kind.items(suite), types.SimpleNamespace(bart_text=text), 4))
@@ -75,12 +78,12 @@ def test_questions_meet_their_picture_and_their_answers(folder, assets, rng, mon
     def speak(image, prompt):
         return f"{image} {prompt.removeprefix('question: is it ').removesuffix('? answer:')}"
 
-    metrics, answered_rows = run(monkeypatch, assets, official.VQA, suite, speak)
+    metrics, answered_rows = run(monkeypatch, assets, vqa_suite.SUITE, suite, speak)
     assert metrics["overall"] == 1 and metrics["n"] == len(rows)
     expected = [(number, f"v_{image:04d}.png", f"question: {text} answer:", said) for number, image, text, said in rows]
     assert sorted((row["id"], row["image"], row["prompt"], row["raw"]) for row in answered_rows) == sorted(expected)
     assert all(row["answers"] == [row["raw"]] * 10 and row["score"] == 1 for row in answered_rows)
-    wrong, _ = run(monkeypatch, assets, official.VQA, suite, lambda image, prompt: speak(3, prompt))
+    wrong, _ = run(monkeypatch, assets, vqa_suite.SUITE, suite, lambda image, prompt: speak(3, prompt))
     assert wrong["overall"] == pytest.approx(1 / len(SHADES))
 
 
@@ -93,7 +96,7 @@ def test_captions_meet_their_references(folder, assets, rng, monkeypatch):
     (folder / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
     suite = suites.get_config("coco_caption").coco_caption
     suite.update({"captions": str(folder / "c.jsonl"), "images": str(folder)})
-    metrics, rows = run(monkeypatch, assets, official.CAPTION, suite, lambda image, _: f"{words[image]} number 2")
+    metrics, rows = run(monkeypatch, assets, caption_suite.SUITE, suite, lambda image, _: f"{words[image]} number 2")
     assert metrics["word_f1"] == 1 and metrics["distinct"] == 1 and metrics["n"] == len(SHADES)
     assert [row["image"] for row in rows] == list(dict.fromkeys(line["image"] for line in lines))
     for row in rows:
@@ -130,10 +133,10 @@ FAULTS = {
     "no answers": (answers(), "question 30: answers are none"),
     "one human": (answers({"answer": "x"}), r"question 30 has 1 human answer.*metric=exact_match"),
     "nine humans": (answers(*[{"answer": "x"}] * 9), "question 30 has 9 human answer"),
-    "no annotation": (lambda q, a: a.pop(0), r"a\.json: no answers for question 70;.*annotations=none"),
+    "no annotation": (lambda q, a: a.pop(0), r"a\.json: no answers for question 70 \(1 of 6.*annotations=none"),
     "no text": (lambda q, a: q[1].update(question=5), r"q\.json: question 30: field question is not a text"),
     "no field": (lambda q, a: q[1].pop("image_id"), r"q\.json: questions\[1\] has no field image_id"),
-    "another kind of id": (lambda q, a: q[1].update(image_id="x"), "image_name .* does not fit image id 'x'"),
+    "another kind of id": (lambda q, a: q[1].update(image_id="x"), "image_name .* does not fit image_id 'x'"),
     "no such picture": (
         lambda q, a: [x.update(image_id=77) for x in q[1:3]],
         r"q\.json: .*v_0077\.png: image file not found.* \(1 of 5 .*config\.vqav2\.max_unusable is 0\)",
@@ -145,7 +148,7 @@ FAULTS = {
 def test_what_a_score_needs_is_checked_before_anything_is_asked(folder, fault):
     change, message = FAULTS[fault]
     with pytest.raises(UserError, match=message):
-        next(iter(official.vqa_items(official_files(folder, change))))
+        next(iter(vqa_suite.vqa_items(official_files(folder, change))))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
@@ -153,23 +156,93 @@ def test_few_humans_are_scored_by_exact_match(folder, assets, monkeypatch, count
     """A right answer is right however many there are; wrong is wrong."""
     suite = official_files(folder, lambda q, a: [x.update(answers=x["answers"][:count]) for x in a])
     suite.metric = "exact_match"
-    metrics, _ = run(monkeypatch, assets, official.VQA, suite, lambda image, _: f"The {image}." if image != 3 else "no")
+    metrics, _ = run(
+        monkeypatch, assets, vqa_suite.SUITE, suite, lambda image, _: f"The {image}." if image != 3 else "no"
+    )
     assert metrics["overall"] == pytest.approx(5 / 6) and metrics["metric"] == "exact_match"
+
+
+def test_what_is_told_of_files_of_two_splits(folder):
+    suite = official_files(folder)
+    for name, split in (("q", "val2014"), ("a", "train2014")):
+        data = json.loads((folder / f"{name}.json").read_text()) | {"data_subtype": split}
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"a\.json: data_subtype is 'train2014', and 'val2014' in .*q\.json"):
+        next(iter(vqa_suite.vqa_items(suite)))
+
+
+def test_every_missing_file_is_named_at_once(folder):
+    suite = suites.get_config("okvqa").okvqa
+    suite.root = str(folder)
+    names = ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json", "val2014")
+    with pytest.raises(UserError, match=".*".join(map(re.escape, names))):
+        next(iter(vqa_suite.vqa_items(suite)))
+
+
+def test_fewer_than_ten_answers_are_scored_only_where_it_is_said(folder, assets, monkeypatch, capsys):
+    suite = official_files(folder, lambda q, a: a[1].update(answers=a[1]["answers"][:5]))
+    suite.answers_needed = 5
+    metrics, _ = run(monkeypatch, assets, vqa_suite.SUITE, suite, lambda image, _: f"{image} a")
+    assert metrics["other_than_ten"] == 1 and metrics["overall"] == 1
+    assert "1 of 6 questions have other than 10 answers" in capsys.readouterr().out
+    suite.answers_needed = 3
+    with pytest.raises(UserError, match="answers_needed is 3; it must be from 4 to 10"):
+        next(iter(vqa_suite.vqa_items(suite)))
+
+
+def test_a_damaged_picture_counts_as_a_miss_where_it_is_said(folder, assets, monkeypatch):
+    suite = official_files(folder)
+    suite.unusable = "miss"
+    items = list(vqa_suite.vqa_items(suite))
+    (folder / "v_0003.png").write_bytes(b"no picture")
+    kind = dataclasses.replace(vqa_suite.SUITE, items=lambda _: items)
+    metrics, rows = run(monkeypatch, assets, kind, suite, lambda image, _: f"{image} a")
+    assert metrics["n"] == 6 and metrics["overall"] == pytest.approx(5 / 6)
+    assert [row["score"] for row in rows if "fault" in row] == [0.0]
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "annotations"])
+def test_answers_to_choose_from(folder, form):
+    suite = official_files(folder)
+    given = {
+        "lines": ("c.txt", "yes\nno\n\nyes\n two \n"),
+        "list": ("c.json", json.dumps(["yes", "no", "yes ", "two"])),
+        "annotations": (
+            "c.json",
+            json.dumps(
+                {
+                    "annotations": [
+                        {"question_id": k, "answers": [{"answer": "x"}] * 10, "multiple_choice_answer": answer}
+                        for k, answer in enumerate(["no", "yes", "two", "yes", "no", "yes", "rare"])
+                    ]
+                }
+            ),
+        ),
+    }[form]
+    (folder / given[0]).write_text(given[1])
+    suite.update({"answers": str(folder / given[0]), "answers_top": 3})
+    candidates = next(iter(vqa_suite.vqa_items(suite))).candidates
+    assert candidates == (("yes", "no", "rare") if form == "annotations" else ("yes", "no", "two"))
+    suite.answers = suite.annotations
+    with pytest.raises(UserError, match="answers is the file of the answers to be scored"):
+        next(iter(vqa_suite.vqa_items(suite)))
 
 
 class Model:
     """Answers a question about picture k with `k`; `fails_after` answers its computer is switched off."""
 
     def __init__(self, assets, monkeypatch, fails_after=None):
-        self.bart_text, self.fails_after = BartText(assets / "bart"), fails_after
+        self.bart_text, self.fails_after, self.identity = BartText(assets / "bart"), fails_after, {}
+        config = types.SimpleNamespace(max_position_embeddings=64, decoder_start_token_id=2)
+        self.bart = types.SimpleNamespace(config=config, dtype=np.float32)
         monkeypatch.setattr(predict, "generate", self.generate)
 
-    def generate(self, model, requests, max_new_tokens, batch_size):
+    def generate(self, model, requests, decoding, batch_size):
         by_shade = {shade: image for image, shade in SHADES.items()}
         for count, request in enumerate(requests):
             if count == self.fails_after:
                 raise RuntimeError("switched off")
-            yield f"{by_shade[round(np.asarray(request.image).mean())]} a"
+            yield (f"{by_shade[round(np.asarray(request.image).mean())]} a",)
 
 
 def evaluated(config, model, workdir):
@@ -179,7 +252,7 @@ def evaluated(config, model, workdir):
 def config_of(**chosen):
     config = suites.get_config(",".join(chosen))
     for name, suite in chosen.items():
-        config[name].update(suite)
+        config[name].update(suite if isinstance(suite, dict) else suite.to_dict())
     return config
 
 
@@ -258,9 +331,9 @@ def test_a_picture_that_proves_damaged_is_left_out_and_told(folder, assets, monk
     results = json.loads((out / "vqav2" / "results.json").read_text())
     assert {"question_id": 30, "answer": ""} in results and len(results) == 6
     with pytest.raises(UserError, match=r"vqav2: 1 items are left out .*image does not decode 1.*max_unusable is 0"):
-        check_left_out(config, {"vqav2": metrics})
-    config.vqav2.max_unusable = 0.2
-    check_left_out(config, {"vqav2": metrics})
+        check_left_out({"vqav2": metrics})
+    metrics["suite"]["max_unusable"] = 0.2
+    check_left_out({"vqav2": metrics})
 
 
 @pytest.mark.shared_data

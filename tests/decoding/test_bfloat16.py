@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vlkd_jax import decoding
+from vlkd_jax.decoding.cache import empty_cache, extend, score
 from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart
 
@@ -32,8 +33,8 @@ def said(request):
 
     @jax.jit
     def decode(params, memory, mask, prefix, prefix_mask):
-        projected = decoding.project_memory(bart, params, memory, mask)
-        return decoding.greedy(bart, params, projected, prefix, prefix_mask, NEW)
+        decoder = decoding.make_decoder(bart, params, decoding.project_memory(bart, params, memory, mask))
+        return decoding.greedy(decoder, prefix, prefix_mask, decoding.Decoding(max_new_tokens=NEW))[:, 0]
 
     tokens_said = decode(params, memory, mask, prefix, prefix_mask)
     return bart, params, memory, mask, prefix, prefix_mask, np.asarray(tokens_said)
@@ -91,23 +92,21 @@ def test_cached_logits_are_close_to_uncached_ones(said):
     length = ids.shape[1]
 
     @jax.jit
-    def step(params, cache, cross, positions):
-        visible = jnp.arange(length)[None, None] <= positions[..., None]
+    def step(params, cache, positions):
+        decoder = decoding.make_decoder(bart, params, decoding.project_memory(bart, params, memory, mask))
+        visible = jnp.arange(length) <= positions[..., None]
+        tokens = jnp.take_along_axis(ids, positions, 1)
+        hidden, cache = extend(decoder, cache, tokens, positions, positions[0, 0], visible)
+        return score(decoder, hidden), cache
 
-        def run(bart):
-            tokens = jnp.take_along_axis(ids, positions, 1)
-            hidden, new = bart.decode_step(tokens, positions, cache, cross, mask, visible)
-            return bart.logits(hidden), new
-
-        return bart.apply({"params": params}, method=run)
-
-    cross = bart.apply({"params": params}, memory, method="cross_cache")
-    cache = bart.apply({"params": params}, ROWS, length, method="init_cache")
+    cache = empty_cache(bart, ROWS, length)
     parts = []
     for start, stop in ((0, PREFIX), *((k, k + 1) for k in range(PREFIX, PREFIX + 4))):
-        logits, cache = step(params, cache, cross, np.tile(np.arange(start, stop), (ROWS, 1)))
+        logits, cache = step(params, cache, np.tile(np.arange(start, stop), (ROWS, 1)))
         parts.append(logits)
-    assert cache.key.dtype == jnp.bfloat16 and parts[0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)} and parts[
+        0
+    ].dtype == jnp.float32
     cached, plain = np.concatenate(parts, 1), uncached(said, ids)[:, : PREFIX + 4]
     assert np.abs(cached - plain).max() <= TIE * np.ptp(plain)
     assert np.ptp(plain, axis=-1).min() > 1

@@ -1,89 +1,31 @@
 """Greedy decoding: against an uncached loop, against Hugging Face token for token, and rows that keep to themselves."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bart_config
+from prompts import BOS, EOS, PAD, START, compiled, decode, encode, hugging_face, padded, prefixes, sources, varied
 from tiny import generate, make_assets, tiny_config
 
-from vlkd_jax import decoding
-from vlkd_jax.hf.load import load_bart
+from vlkd_jax.decoding import beam_search, sampling
+from vlkd_jax.decoding.cache import extend
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.shapes.sources import ShapesPairs
 from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.vlkd import VLKD
 
-START, BOS, PAD, EOS = 2, 0, 1, 2
 NEW = 12
 
 
-@pytest.fixture(scope="module")
-def wordy_bart(save_torch):
-    """A torch BART whose logits bias is random, so that what it says varies and some of it ends early."""
-    import torch
-    from transformers import BartForConditionalGeneration
-
-    made = save_torch(BartForConditionalGeneration, bart_config(max_position_embeddings=40), seed=5)
-    bias = torch.randn(made.model.final_logits_bias.shape, generator=torch.Generator().manual_seed(0))
-    made.model.final_logits_bias.copy_(bias)
-    made.model.final_logits_bias[0, EOS] += 1.0
-    made.model.generation_config.forced_bos_token_id = BOS
-    made.model.save_pretrained(made.directory)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(wordy_bart):
-    """(Bart, parameters) of that directory."""
-    config, params = load_bart(wordy_bart.directory)
-    assert (config.decoder_start_token_id, config.forced_bos_token_id, config.forced_eos_token_id) == (START, BOS, EOS)
-    return Bart(config), params
-
-
-@functools.cache
-def compiled(bart):
-    @functools.partial(jax.jit, static_argnames="max_new_tokens")
-    def run(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens):
-        projected = decoding.project_memory(bart, params, memory, memory_mask)
-        return decoding.greedy(bart, params, projected, prefix, prefix_mask, max_new_tokens)
-
-    return run
+@pytest.fixture
+def model(wordy):
+    return wordy
 
 
 def greedy(model, memory, memory_mask, prefix, prefix_mask, max_new_tokens=NEW):
-    bart, params = model
-    generated = compiled(bart)(params, memory, memory_mask, prefix, prefix_mask, max_new_tokens=max_new_tokens)
-    assert generated.shape == (len(prefix), max_new_tokens) and generated.dtype == jnp.int32
-    return np.asarray(generated)
-
-
-def padded(rows, width=None):
-    width = width or max(map(len, rows))
-    ids = np.full((len(rows), width), PAD, np.int32)
-    for k, row in enumerate(rows):
-        ids[k, : len(row)] = row
-    return ids, np.arange(width) < np.array([len(row) for row in rows])[:, None]
-
-
-def sources(rng, count, low=1, high=14):
-    """Random encoder inputs from `<s>` to `</s>`."""
-    return [[BOS, *rng.integers(3, 99, rng.integers(low, high)), EOS] for _ in range(count)]
-
-
-def prefixes(rng, lengths):
-    """Forced decoder tokens: start, `<s>` and some words."""
-    return [[START, BOS, *rng.integers(3, 99, n)] for n in lengths]
-
-
-def encode(model, rows, width=None):
-    bart, params = model
-    ids, mask = padded(rows, width)
-    return np.asarray(jax.jit(functools.partial(bart.apply, method="encode"))({"params": params}, ids, mask)), mask
+    return decode(model, memory, memory_mask, prefix, prefix_mask, max_new_tokens=max_new_tokens)[:, 0]
 
 
 def naive(model, memory, memory_mask, rows, max_new_tokens=NEW, forced_eos=EOS):
@@ -109,12 +51,6 @@ def naive(model, memory, memory_mask, rows, max_new_tokens=NEW, forced_eos=EOS):
             generated[k].append(token)
             row.append(token)
     return padded(generated, max_new_tokens)[0]
-
-
-def varied(ids):
-    """The rows say different things, and not the same word again and again."""
-    assert len({tuple(row) for row in ids.tolist()}) > 0.6 * len(ids)
-    assert len(np.unique(ids)) > 9
 
 
 def test_cached_is_naive(model, rng):
@@ -191,23 +127,27 @@ def likely(model, token):
     return bart, params | {"final_logits_bias": bias + 100 * (np.arange(bias.shape[-1]) == token)}
 
 
+@pytest.mark.parametrize("method", ["greedy", "beam", "sample"])
 @pytest.mark.parametrize(("token", "new", "steps"), [(BOS, 1, 0), (BOS, 2, 1), (BOS, 7, 6), (EOS, 7, 0)])
-def test_no_step_follows_the_last_token(model, rng, monkeypatch, token, new, steps):
+def test_no_step_follows_the_last_token(model, rng, monkeypatch, method, token, new, steps):
     """The prefill gives the first token, so one step less than tokens; none when every row has ended."""
-    taken, step = [], decoding.step
+    taken = []
 
     def counted(*arguments):
         jax.debug.callback(lambda: taken.append(1))
-        return step(*arguments)
+        return extend(*arguments)
 
-    monkeypatch.setattr(decoding, "step", counted)
+    for module in (sampling, beam_search):
+        monkeypatch.setattr(module, "extend", counted)
     memory, mask = encode(model, sources(rng, 3))
-    run = functools.partial(compiled.__wrapped__(model[0]), max_new_tokens=new)
-    generated = np.asarray(run(likely(model, token)[1], memory, mask, *padded(prefixes(rng, [0, 2, 4]))))
+    options = {"method": method, "max_new_tokens": new, "beams": 1}
+    compiled.cache_clear()
+    generated = decode(likely(model, token), memory, mask, *padded(prefixes(rng, [0, 2, 4])), **options)
     jax.effects_barrier()
+    compiled.cache_clear()
     assert len(taken) == steps
     said = [EOS] + [PAD] * (new - 1) if token == EOS else [token] * (new - 1) + [EOS]
-    np.testing.assert_array_equal(generated, [said] * 3)
+    np.testing.assert_array_equal(generated[:, 0], [said] * 3)
 
 
 def test_nothing_is_forced_where_nothing_is_configured(model, rng):
@@ -220,25 +160,6 @@ def test_nothing_is_forced_where_nothing_is_configured(model, rng):
     np.testing.assert_array_equal(generated, naive(free, memory, mask, rows, forced_eos=None))
 
 
-def hugging_face(torch_model, texts, decoder_ids, new, **forced):
-    """What `generate` says after `decoder_ids` (all of one length), padded to `new`."""
-    import torch
-
-    ids, mask = padded(texts)
-    generation = torch_model.generation_config
-    for name, value in {"pad": PAD, "bos": BOS, "eos": EOS, "decoder_start": START, **forced}.items():
-        setattr(generation, f"{name}_token_id", value)
-    out = torch_model.generate(
-        input_ids=torch.tensor(ids).long(),
-        attention_mask=torch.tensor(mask).long(),
-        decoder_input_ids=torch.tensor(np.array(decoder_ids)).long(),
-        num_beams=1,
-        do_sample=False,
-        max_new_tokens=new,
-    ).numpy()
-    return padded(out[:, len(decoder_ids[0]) :].tolist(), new)[0]
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("forced", [{"forced_bos": BOS, "forced_eos": EOS}, {"forced_bos": None, "forced_eos": None}])
 def test_hundred_prompts_as_hugging_face(wordy_bart, model, rng, forced):
@@ -248,7 +169,7 @@ def test_hundred_prompts_as_hugging_face(wordy_bart, model, rng, forced):
     memory, mask = encode(model, texts)
     first = [START] if forced["forced_bos"] is None else [START, forced["forced_bos"]]
     ours = greedy((Bart(config), params), memory, mask, *padded([first] * 100))
-    theirs = hugging_face(wordy_bart.model, texts, [[START]] * 100, NEW + len(first) - 1, **forced)
+    theirs = hugging_face(wordy_bart.model, texts, [[START]] * 100, NEW + len(first) - 1, **forced, num_beams=1)[:, 0]
     if forced["forced_bos"] is not None:
         assert (theirs[:, 0] == BOS).all()
     np.testing.assert_array_equal(ours, theirs[:, len(first) - 1 :])
@@ -264,8 +185,8 @@ def test_prompts_with_a_forced_beginning_as_hugging_face(wordy_bart, model, rng)
     ours = greedy(model, memory, mask, *padded(rows))
     for start in range(0, 100, 25):
         part = slice(start, start + 25)
-        theirs = hugging_face(wordy_bart.model, texts[part], rows[part], NEW, forced_bos=BOS, forced_eos=EOS)
-        np.testing.assert_array_equal(ours[part], theirs)
+        theirs = hugging_face(wordy_bart.model, texts[part], rows[part], NEW, num_beams=1)
+        np.testing.assert_array_equal(ours[part], theirs[:, 0])
 
 
 @pytest.fixture(scope="module")

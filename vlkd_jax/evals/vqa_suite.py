@@ -1,0 +1,243 @@
+"""The suite of questions about pictures, from the official files of VQA v2 and OK-VQA or a user's own in their form.
+
+Files are read and checked whole before a model is asked anything: what a score needs, ids, the pictures.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlkd_jax.data.images import open_image
+from vlkd_jax.data.sources import TextLines, read_json
+from vlkd_jax.errors import UserError
+from vlkd_jax.evals.files import NONE, check_choice, check_pictures, check_places, filled, if_unusable, place
+from vlkd_jax.evals.statistics import interval
+from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
+from vlkd_jax.evals.vqa import accuracy, normalize_answer
+from vlkd_jax.metrics import say
+
+HUMANS = 10
+"""Answers to a question that VQA accuracy takes."""
+HUMANS_AT_LEAST = 4
+"""Of fewer not even the answer of all would score 1: three others have to have given it."""
+METRICS = ("vqa_accuracy", "exact_match")
+Entries = list[dict[str, Any]]
+
+
+def vqa_items(suite: ConfigDict) -> Iterator[Prompt]:
+    """The questions of official VQA files, those of one picture behind one another.
+
+    Raises:
+      UserError: a file that is not there or cannot be used, files of different splits, an id that occurs twice, a
+        question without answers or with too few of them for its metric, more pictures that cannot be used than
+        `suite.max_unusable` allows, a field of the suite that has no meaning.
+    """
+    check_choice(suite, "metric", METRICS)
+    check_places(suite, "questions", "annotations", "images", "answers")
+    candidates, decoding = _candidates(suite), decoding_of(suite, suite.answer_tokens)
+    items = sorted(_read_questions(suite), key=lambda item: item["image"])
+    check_pictures(suite, [item["image"] for item in items], place(suite, "questions"))
+    for item in items:
+        row = {"task": "vqa", "id": item["id"], "image": item["image"]}
+        row["prompt"] = suite.question_decoder.format(question=item["question"])
+        yield Prompt(
+            row | {"answers": item["answers"], "metric": suite.metric} | if_unusable(suite),
+            suite.question_encoder,
+            suite.question_decoder,
+            decoding,
+            functools.partial(open_image, place(suite, "images") / item["image"]),
+            {"question": item["question"]},
+            candidates=candidates,
+        )
+
+
+def _read_questions(suite: ConfigDict) -> Entries:
+    path = place(suite, "questions")
+    data = read_json(path)
+    questions = _entries(data, path, "questions", ("question_id", "image_id", "question"))
+    for entry in questions:
+        if not isinstance(entry["question"], str):
+            raise UserError(f"{path}: question {entry['question_id']}: field question is not a text")
+    annotations = None if suite.annotations == NONE else _matching_annotations(suite, data, questions)
+    name = _image_names(suite, [entry["image_id"] for entry in questions])
+    return [
+        {
+            "id": entry["question_id"],
+            "question": entry["question"],
+            "image": name(entry["image_id"]),
+            "answers": [] if annotations is None else annotations[entry["question_id"]],
+        }
+        for entry in questions
+    ]
+
+
+def _matching_annotations(suite: ConfigDict, asked: dict[str, Any], questions: Entries) -> dict[Any, list[str]]:
+    """{question id: human answers} of all of `questions`, the list of the questions file `asked`."""
+    path = place(suite, "annotations")
+    data = read_json(path)
+    annotations = {entry["question_id"]: entry for entry in _annotation_entries(data, path)}
+    splits = [file.get("data_subtype") for file in (asked, data)]
+    if all(splits) and splits[0] != splits[1]:
+        raise UserError(
+            f"{path}: data_subtype is {splits[1]!r}, and {splits[0]!r} in {place(suite, 'questions')}; give the "
+            "questions and annotations of one split"
+        )
+    without = [entry["question_id"] for entry in questions if entry["question_id"] not in annotations]
+    if without:
+        raise UserError(
+            f"{path}: no answers for question {without[0]} ({len(without)} of {len(questions)} have none); use "
+            f"matching files, or --config.{suite.name}.annotations={NONE} to answer without a score"
+        )
+    for entry in questions:
+        image = annotations[entry["question_id"]].get("image_id", entry["image_id"])
+        if image != entry["image_id"]:
+            raise UserError(
+                f"{path}: question {entry['question_id']} is about image {image}, and about {entry['image_id']} in "
+                f"{place(suite, 'questions')}; give the questions and annotations of one split"
+            )
+    if len(annotations) > len(questions):
+        say(f"{path}: {len(annotations) - len(questions):,} annotations are of no question that is asked")
+    answers = {k: _human_answers(path, annotations[k]) for k in (entry["question_id"] for entry in questions)}
+    if suite.metric == "vqa_accuracy":
+        _check_numbers(suite, path, answers)
+    return answers
+
+
+def _annotation_entries(data: Any, path: Path) -> Entries:
+    return _entries(data, path, "annotations", ("question_id", "answers"))
+
+
+def _human_answers(path: Path, entry: dict[str, Any]) -> list[str]:
+    where = f"{path}: question {entry['question_id']}"
+    humans = entry["answers"] if isinstance(entry["answers"], list) else [entry["answers"]]
+    answers = [human.get("answer") if isinstance(human, dict) else None for human in humans]
+    wrong = [human for human, answer in zip(humans, answers, strict=True) if not isinstance(answer, str)]
+    if wrong or not answers:
+        given = repr(wrong[0])[:80] if wrong else "none"
+        raise UserError(f'{where}: answers are {given}; each must be {{"answer": TEXT}} as in the official files')
+    return answers
+
+
+def _check_numbers(suite: ConfigDict, path: Path, answers: dict[Any, list[str]]) -> None:
+    """Says how many questions have other than ten answers. Raises UserError for one with fewer than are needed."""
+    field, needed = f"config.{suite.name}.answers_needed", suite.answers_needed
+    if not HUMANS_AT_LEAST <= needed <= HUMANS:
+        raise UserError(
+            f"{field} is {needed}; it must be from {HUMANS_AT_LEAST} to {HUMANS}, since of fewer than "
+            f"{HUMANS_AT_LEAST} answers not even the one of all would score 1"
+        )
+    few = [number for number, given in answers.items() if len(given) < needed]
+    if few:
+        raise UserError(
+            f"{path}: question {few[0]} has {len(answers[few[0]])} human answer(s), and VQA accuracy takes {HUMANS} "
+            f"({len(few)} of {len(answers)} questions have fewer than {needed}); --{field}={HUMANS_AT_LEAST} scores "
+            f"what is there, and --config.{suite.name}.metric=exact_match counts an answer as right that is one of them"
+        )
+    other = sum(len(given) != HUMANS for given in answers.values())
+    if other:
+        say(f"{path}: {other} of {len(answers)} questions have other than {HUMANS} answers; scored over what is there")
+
+
+def _entries(data: Any, path: Path, field: str, needed: Iterable[str]) -> Entries:
+    """The objects in a file's list `field`, each with the fields `needed` and a question_id of its own."""
+    entries = data.get(field) if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: no list {field!r} with entries; use the official questions and annotations")
+    ids = set()
+    for number, entry in enumerate(entries):
+        missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
+        if missing:
+            raise UserError(f"{path}: {field}[{number}] has no field {missing[0]}; correct the entry")
+        if not isinstance(entry["question_id"], (int, str)):
+            raise UserError(f"{path}: {field}[{number}]: question_id is neither a number nor a text; correct the entry")
+        if entry["question_id"] in ids:
+            raise UserError(f"{path}: question_id {entry['question_id']} occurs twice in {field}; keep one of them")
+        ids.add(entry["question_id"])
+    return entries
+
+
+def _image_names(suite: ConfigDict, image_ids: Iterable[Any]) -> functools.partial[str]:
+    """The function image id -> name of its picture: of the names with | between, that of most of these pictures."""
+    folder, image_ids = place(suite, "images"), list(image_ids)
+    choices = [
+        functools.partial(_image_name, suite, template.replace("{split}", suite.split))
+        for template in suite.image_name.split("|")
+    ]
+    if len(choices) == 1:
+        return choices[0]
+    return max(choices, key=lambda name: sum((folder / name(image_id)).is_file() for image_id in image_ids))
+
+
+def _image_name(suite: ConfigDict, template: str, image_id: Any) -> str:
+    return filled(suite, "image_name", template, image_id=image_id)
+
+
+def _candidates(suite: ConfigDict) -> tuple[str, ...]:
+    """The different answers to choose from that `suite.answers` names; none: answers are generated."""
+    if suite.answers == NONE:
+        return ()
+    path = place(suite, "answers")
+    if path.suffix != ".json":
+        return tuple(dict.fromkeys(line.strip() for line in TextLines(path).lines))
+    data = read_json(path)
+    if not isinstance(data, list):
+        return _most_frequent(suite, path, data)
+    wrong = [answer for answer in data if not isinstance(answer, str) or not answer.strip()]
+    if wrong or not data:
+        given = f"{wrong[0]!r:.80} in it" if wrong else "nothing in it"
+        raise UserError(f"{path}: {given}; config.{suite.name}.answers takes a JSON list of texts")
+    return tuple(dict.fromkeys(answer.strip() for answer in data))
+
+
+def _most_frequent(suite: ConfigDict, path: Path, data: Any) -> tuple[str, ...]:
+    """Of official annotations the answers that most questions have; equally frequent ones by the alphabet."""
+    if suite.answers_top < 1:
+        raise UserError(f"config.{suite.name}.answers_top is {suite.answers_top}; it must be at least 1")
+    if suite.answers == suite.annotations:
+        raise UserError(f"config.{suite.name}.answers is the file of the answers to be scored; give a training set's")
+    counts: Counter[str] = Counter()
+    for entry in _annotation_entries(data, path):
+        answer = entry.get("multiple_choice_answer")
+        if not isinstance(answer, str) or not answer.strip():
+            answer = _most_common(_human_answers(path, entry))
+        counts[answer.strip()] += 1
+    return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[: suite.answers_top])
+
+
+def _most_common(answers: list[str]) -> str:
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def judge_answer(row: Row) -> Row:
+    """The official accuracy against the human answers, or whether it is one of them, as the row's `metric` says."""
+    normalised = normalize_answer(row["raw"])
+    if not row["answers"]:
+        return {"normalised": normalised}
+    if row["metric"] == "exact_match":
+        return {"normalised": normalised, "score": float(normalised in map(normalize_answer, row["answers"]))}
+    return {"normalised": normalised, "score": accuracy(row["raw"], row["answers"])}
+
+
+def score_vqa(rows: list[Row]) -> dict[str, Any]:
+    """Mean score with its interval, clustered by picture; `other_than_ten`: how many rows have as many answers."""
+    scores = np.array([row["score"] for row in rows])
+    metrics = {"overall": float(scores.mean()), "overall_interval": interval(scores, [row["image"] for row in rows])}
+    metrics |= {"metric": rows[0]["metric"], "n": len(rows)}
+    other = sum(len(row["answers"]) != HUMANS for row in rows)
+    return metrics | ({"other_than_ten": other} if other and metrics["metric"] == "vqa_accuracy" else {})
+
+
+def vqa_results(rows: list[Row]) -> list[dict[str, Any]]:
+    """What the VQA servers take: an answer for every question, an empty one where its picture could not be used."""
+    return [{"question_id": row["id"], "answer": row.get("raw", "")} for row in rows]
+
+
+SUITE = Suite(vqa_items, judge_answer, score_vqa, vqa_results)
