@@ -67,7 +67,7 @@ VQA = {
 CAPTIONS = {
     "kind": "caption",
     **PICTURES,
-    "metric": "word_f1",
+    "metric": "coco",  # BLEU, ROUGE-L and CIDEr-D as the COCO tools count them; beside them word_f1
     **CAPTION,
     "decoding": {**DECODING, "method": "beam"},
 }

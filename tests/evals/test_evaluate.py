@@ -118,6 +118,7 @@ def run(config, model, workdir):
 
 
 def test_every_suite_by_its_official_names(root, pair, tmp_path):
+    jax.clear_caches()
     config = config_of(root, batch_size=4)
     metrics = run(config, pair, tmp_path)
     assert list(metrics) == NAMES.split(",")
@@ -128,7 +129,8 @@ def test_every_suite_by_its_official_names(root, pair, tmp_path):
     assert metrics["vqav2_test_dev"]["unscored"] == 15
     assert set(metrics["nocaps"]["by_domain"]) == {"in", "near", "out", "entire"}
     assert metrics["coco_retrieval"]["texts"] == 25 and metrics["imagenet_zeroshot"]["classes"] == 2
-    assert all(values["programs"] >= 0 and values["kept"] == 0 for values in metrics.values())
+    assert all(values["kept"] == 0 for values in metrics.values())
+    assert min(metrics[name]["programs"] for name in ("vqav2", "coco_caption", "xsum", "coco_retrieval")) > 0
     for name in ("vqav2", "vqav2_test_dev", "nocaps", "xsum"):
         assert len(json.loads((tmp_path / name / "results.json").read_text())) == len(read_rows(tmp_path / name))
     again = run(config, pair, tmp_path)  # nothing is computed again, all is scored again

@@ -18,7 +18,7 @@ from vlkd_jax.evals.ptb import tokenize
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
 
-METRICS = ("word_f1",)
+METRICS = ("coco",)
 
 
 def caption_items(suite: ConfigDict) -> Iterator[Prompt]:

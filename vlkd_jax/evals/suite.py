@@ -113,16 +113,21 @@ def predict_rows(
                 yield row
 
 
-def with_pictures(items: Iterable[Item], faulty: list[Row]) -> Iterator[tuple[Item, Picture]]:
-    """The items with their pictures, opened one by one; `faulty` receives the rows of those that cannot be used."""
-    for item in items:
+def with_pictures(items: Iterable[Item], faulty: list[Row]) -> Iterator[tuple[Item, Picture | None]]:
+    """The items with their pictures, if they have one; those in a row that share an image get the same object.
+
+    Pictures are opened one by one; `faulty` receives the rows of those that cannot be used.
+    """
+    for _, group in itertools.groupby(items, lambda item: item.row["image"]):
+        of_image = list(group)
         try:
-            picture = item.open_image()
+            picture = of_image[0].open_image() if of_image[0].open_image else None
         except RecordError as e:
             say(f"not usable, {e.reason}: {e}")
-            faulty.append(item.row | {"fault": e.reason})
+            faulty += [item.row | {"fault": e.reason} for item in of_image]
             continue
-        yield item, picture
+        for item in of_image:
+            yield item, picture
 
 
 def check_prompts(name: str, model: VLKD, items: Iterable[Item]) -> None:
@@ -151,18 +156,10 @@ def _answered(model: VLKD, prompts: list[Prompt], batch_size: int, _: str) -> It
 
 def _requests(model: VLKD, prompts: list[Prompt], asked: deque[Row], faulty: list[Row]) -> Iterator[predict.Request]:
     """The requests, while `asked` receives their rows, and `faulty` those of pictures that cannot be used."""
-    for _, group in itertools.groupby(prompts, lambda prompt: prompt.row["image"]):
-        of_image = list(group)
-        try:
-            image = of_image[0].open_image() if of_image[0].open_image else None
-        except RecordError as e:
-            say(f"not usable, {e.reason}: {e}")
-            faulty += [prompt.row | {"fault": e.reason} for prompt in of_image]
-            continue
-        for prompt in of_image:
-            request, is_cut = _request(model, prompt)
-            asked.append(prompt.row | ({"cut": True} if is_cut else {}))
-            yield dataclasses.replace(request, image=image)
+    for prompt, image in with_pictures(prompts, faulty):
+        request, is_cut = _request(model, prompt)
+        asked.append(prompt.row | ({"cut": True} if is_cut else {}))
+        yield dataclasses.replace(request, image=image)
 
 
 def _request(model: VLKD, prompt: Prompt) -> tuple[predict.Request, bool]:
