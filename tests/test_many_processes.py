@@ -1,6 +1,5 @@
 """Two processes of four devices each are one run: the same numbers, one writer, and an end when one of them is lost."""
 
-import functools
 import json
 import os
 import signal
@@ -23,12 +22,12 @@ OPTIONS = {"data__context_length": 0, "loss__denoise": 0.5, "student__whiten": 1
 MESH = {"mesh__data": 2, "mesh__fsdp": 4}
 LOST = 4
 """Exit code of a process that has lost another one."""
-STEPS = 14
-"""Of a run that is interrupted."""
 WATCHDOG = 60
 """Seconds: a busy machine's first step takes some 20, compilation included."""
-TIMES = int(os.environ.get("VLKD_FAULTS", "1"))
-"""How often each fault is tried."""
+FAULTS = [signal.SIGKILL, signal.SIGSTOP] * int(os.environ.get("VLKD_FAULTS", "1"))
+"""One after another in one run, each at a step of its own, to the one and the other process in turn."""
+STEPS = 10 + 3 * len(FAULTS)
+"""Of the run that is interrupted."""
 
 
 class Ended(NamedTuple):
@@ -74,10 +73,14 @@ def run(module: str, argv: list[str]) -> Ended:
     return Processes(module, argv).wait()
 
 
-def losses(workdir: Path) -> dict[int, dict]:
+def train_lines(workdir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def losses(workdir: Path) -> dict[int, dict]:
     kept = ("loss", "ttdm", "itcl", "icti", "denoise", "grad_norm", "lr", "skipped", "unusable_records")
-    return {line["step"]: {name: line[name] for name in kept} for line in lines if line["kind"] == "train"}
+    return {line["step"]: {name: line[name] for name in kept} for line in train_lines(workdir)}
 
 
 def wait_for(condition, seconds: float = 240):
@@ -89,7 +92,8 @@ def wait_for(condition, seconds: float = 240):
 
 
 def reached(workdir: Path, step: int) -> bool:
-    return (workdir / "metrics.jsonl").is_file() and max(losses(workdir), default=0) >= step
+    there = (workdir / "metrics.jsonl").is_file()
+    return there and max((line["step"] for line in train_lines(workdir)), default=0) >= step
 
 
 def close(ours, theirs, atol=1e-5):
@@ -149,53 +153,50 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(assets, two
 
 @pytest.fixture(scope="module")
 def long_run(assets):
-    """Function (workdir, watchdog_seconds) -> arguments of steps that last long enough to send signals."""
-    options = {**OPTIONS, **MESH, "steps": STEPS, "save_every": 4}
+    """Function (workdir, watchdog_seconds) -> arguments of a run of `STEPS`."""
+    options = {"data__context_length": 0, "dropout": 0.1, **MESH, "steps": STEPS, "save_every": 4}
     return lambda workdir, watchdog=0: arguments(assets, workdir, **options, watchdog_seconds=watchdog)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(long_run, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    ended = run("train", long_run(workdir))
+def test_faults_and_signals_change_nothing(long_run, tmp_path):
+    """The same command again and again ends with the bits of an uninterrupted run, whatever ended it in between."""
+    whole = run("train", long_run(tmp_path / "whole"))
+    assert whole.codes == [0, 0], whole.errors
+    for number, fault in enumerate(FAULTS):
+        _lose_a_process(long_run(tmp_path / "run", WATCHDOG), tmp_path / "run", 5 + 3 * number, number % 2, fault)
+    _stop_by_sigterm(long_run(tmp_path / "run"), tmp_path / "run", 5 + 3 * len(FAULTS))
+    ended = run("train", long_run(tmp_path / "run"))
     assert ended.codes == [0, 0], ended.errors
-    return workdir
+    same_bits(load_run(tmp_path / "run")[1], load_run(tmp_path / "whole")[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-def test_a_lost_process_ends_the_other_and_the_run_goes_on(long_run, uninterrupted, tmp_path, number):
-    """Within the watchdog's time and a little; the same command then ends with an uninterrupted run's bits."""
-    for attempt in range(TIMES):
-        workdir = tmp_path / str(attempt)
-        job = Processes("train", long_run(workdir, WATCHDOG))
-        wait_for(functools.partial(reached, workdir, 5 + attempt))
-        job.processes[attempt % 2].send_signal(number)
-        lost, other = time.monotonic(), job.processes[1 - attempt % 2]
-        other.wait(3 * WATCHDOG)
-        took = time.monotonic() - lost
-        job.processes[attempt % 2].kill()
-        error = job.wait().errors[1 - attempt % 2]
-        assert other.returncode == LOST and took < WATCHDOG + 30, error
-        assert "Traceback" not in error
-        lost_line = "lost another process" in error or "as another one was lost" in error
-        assert lost_line or ("no step" in error and "Thread" in error)
-        ended = run("train", long_run(workdir))
-        assert ended.codes == [0, 0], ended.errors
-        same_bits(load_run(workdir)[1], load_run(uninterrupted)[1])
+def _lose_a_process(argv, workdir, step, victim, fault):
+    """The other process ends within the watchdog's time and a little, with its own code and a reason."""
+    job = Processes("train", argv)
+    wait_for(lambda: reached(workdir, step))
+    job.processes[victim].send_signal(fault)
+    lost, other = time.monotonic(), job.processes[1 - victim]
+    other.wait(3 * WATCHDOG)
+    took = time.monotonic() - lost
+    job.processes[victim].kill()
+    error = job.wait().errors[1 - victim]
+    assert other.returncode == LOST and took < WATCHDOG + 30, error
+    assert "Traceback" not in error
+    lost_line = "lost another process" in error or "as another one was lost" in error
+    assert lost_line or ("no step" in error and "Thread" in error)
 
 
-def test_sigterm_to_one_stops_all_at_one_step(long_run, uninterrupted, tmp_path):
-    job = Processes("train", long_run(tmp_path))
-    wait_for(lambda: reached(tmp_path, 5))
+def _stop_by_sigterm(argv, workdir, step):
+    """Sent to one of them: all stop at one step, saved within 30 seconds."""
+    job = Processes("train", argv)
+    wait_for(lambda: reached(workdir, step))
     job.processes[1].send_signal(signal.SIGTERM)
     asked = time.monotonic()
     ended = job.wait(60)
     assert time.monotonic() - asked < 30
     assert ended.codes == [143, 143], ended.errors
-    step = load_run(tmp_path)[2]
-    assert f"step {step} is saved" in ended.errors[0] and step < STEPS
-    assert run("train", long_run(tmp_path)).codes == [0, 0]
-    same_bits(load_run(tmp_path)[1], load_run(uninterrupted)[1])
+    stopped = load_run(workdir)[2]
+    assert f"step {stopped} is saved" in ended.errors[0] and step <= stopped < STEPS
 
 
 def test_every_item_is_counted_once(assets, two, tmp_path):
