@@ -58,6 +58,7 @@ VQA = {
     # names of pictures; of several with | between, the one that fits most of the folder
     "image_name": "COCO_{split}_{image_id:012d}.jpg|{image_id:012d}.jpg",
     "metric": "vqa_accuracy",  # of ten human answers; exact_match: right if it is one of the answers, however many
+    "answer_field": "answer",  # of each human answer; OK-VQA also has raw_answer, as it was typed
     "answers_needed": 10,  # by vqa_accuracy, of every question; below 10 (4 at least) fewer are scored, and counted
     "answers": "none",  # generated; or candidates to choose from: a file, one a line, a JSON list, or annotations
     "answers_top": 3000,  # of annotations (of a training set!) so many of the most frequent answers

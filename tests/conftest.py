@@ -69,6 +69,15 @@ def assets(tmp_path_factory) -> pathlib.Path:
     return make_assets(tmp_path_factory.getbasetemp())
 
 
+@pytest.fixture(autouse=True)
+def without_java(request, monkeypatch):
+    """Captions are scored without Java, which takes a second to start, but in tests marked java."""
+    if not request.node.get_closest_marker("java"):
+        from vlkd_jax.evals import standard_captions
+
+        monkeypatch.setattr(standard_captions, "why_absent", lambda: "left out of this test")
+
+
 class TorchModel(NamedTuple):
     """A torch model in eval mode and the directory `save_pretrained` wrote it to."""
 

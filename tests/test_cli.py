@@ -50,9 +50,9 @@ def test_version_and_an_unknown_command():
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], "no command given; it is one of train, evaluate, demo"),
+        ([], "no command given; it is one of train, evaluate, score, compare, submission, report, demo"),
         (["evaluation"], "did you mean evaluate?"),
-        (["xyz"], "it is one of train, evaluate, demo"),
+        (["xyz"], "it is one of train, evaluate, score, compare, submission, report, demo"),
         (["--workdir=x"], "unknown command '--workdir=x'"),
     ],
 )
@@ -86,7 +86,9 @@ def test_help_and_flags_tell_the_same(name):
     values = flags.FlagValues()
     entry.define(command.options, values)
     text = usage(command, "PROGRAM")
-    told = dict(re.findall(r"^  --([\w.]+)=\S+  +(\S.*)$", text, re.MULTILINE))
+    arguments = [option.name for option in command.options if option.kind == "argument"]
+    told = dict(re.findall(r"^  --([\w.]+)(?:=\S+)?  +(\S.*)$", text, re.MULTILINE))
+    told |= {k.lower(): rest for k, rest in re.findall(r"^  ([A-Z]+)  +(\S.*)$", text, re.MULTILINE)}
     hidden = {option.name for option in command.options if option.hidden}
     assert set(told) - {"config.FIELD"} == set(values) - hidden
     assert ("config.FIELD" in told) == ("config" in values)
@@ -94,12 +96,18 @@ def test_help_and_flags_tell_the_same(name):
         if option.hidden:
             assert option.name not in text and not option.required
             continue
+        if option.kind == "flag":
+            assert values[option.name].default is False and f"[--{option.name}]" in text and not option.required
+            continue
         assert values[option.name].default == option.default
         assert told[option.name].endswith("(required)") == option.required
         assert (f"(default {option.default})" in told[option.name]) == (option.default is not None)
-        assert (f"[--{option.name}=" in text) != option.required
+        if option.kind != "argument":
+            assert (f"[--{option.name}=" in text) != option.required
     given = set(re.findall(r"--(\w+)[=.]", command.example))
-    assert given <= set(values) and given >= {option.name for option in command.options if option.required}
+    required = {option.name for option in command.options if option.required}
+    assert given <= set(values) and given >= required - set(arguments)
+    assert len([word for word in command.example.split() if not word.startswith("--")]) == len(arguments)
     assert all(len(line) <= COLUMNS for line in text.splitlines())
 
 
@@ -108,7 +116,7 @@ def test_only_the_demo_hides_an_option():
 
 
 def test_the_list_of_commands():
-    lines = [f"  {name:8}  {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10}  {command.summary}" for name, command in COMMANDS.items()]
     assert set(lines) < set(overview().splitlines())
 
 

@@ -56,11 +56,14 @@ def test_every_kind_of_option():
         Option("count", "N", "how many", kind="integer", default=3, minimum=1),
         Option("share", "X", "how much", kind="number", default=0.5, minimum=0),
         Option("size", "SIZE", "how large", kind="choice", default="base", choices=("base", "tiny")),
+        Option("all_of_it", "", "whole", kind="flag"),
+        Option("place", "PLACE", "where", kind="argument"),
     )
     values = flags.FlagValues()
     entry.define(options, values)
     values(["program"])
     assert (values.text, values.count, values.share, values.size) == (None, 3, 0.5, "base")
+    assert (values.all_of_it, values.place) == (False, None)
     for wrong in ("--count=0", "--count=x", "--share=-1", "--size=large"):
         with pytest.raises(flags.IllegalFlagValueError):
             values(["program", wrong])

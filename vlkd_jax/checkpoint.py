@@ -33,6 +33,7 @@ from vlkd_jax.manifest import (
     compare,
     hash_files,
     is_of_another_format,
+    manifest_sha256,
     read_manifest,
     verify_all,
     write_manifest,
@@ -152,6 +153,10 @@ class Checkpoints:
         if error is not None:
             raise error
         processes.raise_reported(reports)
+
+    def sha256(self, step: int) -> str:
+        """The hash that stands for every byte of a step: that of the list of its files' hashes."""
+        return manifest_sha256(self._path(step))
 
     def close(self) -> None:
         """Waits for the save under way and ends the writing thread; raises as `wait`."""

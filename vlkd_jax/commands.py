@@ -28,7 +28,8 @@ class Option:
     Attributes:
       value: what stands for the value in the help.
       help: without a full stop; default and "required" are added to it.
-      kind: "string", "integer", "number", "choice", or "config", an ml_collections config file.
+      kind: "string", "integer", "number", "choice", "config", an ml_collections config file, "flag", which has no
+        value, or "argument", which is given without its name.
       default: None: there is none.
       minimum: of an integer or a number.
       choices: of a choice.
@@ -58,6 +59,7 @@ class Command:
       description: one paragraph.
       example: the arguments of one use.
       exit_codes: keys of `EXIT_CODES`.
+      needs_device: whether it computes with jax.
     """
 
     module: str
@@ -66,6 +68,7 @@ class Command:
     options: tuple[Option, ...]
     example: str
     exit_codes: Sequence[int] = (0, 1, 2, 130, 143)
+    needs_device: bool = True
 
 
 PROCESSES = (
@@ -75,6 +78,25 @@ PROCESSES = (
     Option("start_seconds", "N", "how long each waits for the others", kind="integer", default=300, minimum=1),
 )
 """Options of a command that several processes can run together."""
+
+SCORED = (
+    Option("annotations", "FILE", "official annotations, captions (COCO, nocaps, Karpathy's), or a reference a line"),
+    Option("questions", "FILE", "of VQA: the questions that count; default: those of the annotations"),
+    Option("split", "NAME", "of Karpathy's files", default="test"),
+    Option(
+        "answer_field",
+        "FIELD",
+        "of each human answer; OK-VQA has both",
+        kind="choice",
+        default="answer",
+        choices=("answer", "raw_answer"),
+    ),
+    Option("allow_partial", "", "score what has a prediction, where some of the split have none", kind="flag"),
+)
+"""Options of commands that read predictions from files."""
+SCORED_SUITES = ("vqav2", "okvqa", "caption", "nocaps", "xsum")
+SUITE = Option("suite", "SUITE", "|".join(SCORED_SUITES), kind="choice", required=True, choices=SCORED_SUITES)
+JSON = Option("json", "", "print one JSON object", kind="flag")
 
 COMMANDS = {
     "train": Command(
@@ -122,6 +144,65 @@ COMMANDS = {
         example="--config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation",
         exit_codes=(0, 1, 2, 4, 130, 143),
     ),
+    "score": Command(
+        module="vlkd_jax.score",
+        summary="score predictions from files, ours or another system's",
+        description="Scores predictions from files by the rules that the suites use: our predictions.jsonl, the "
+        "benchmarks' own result files, or for xsum one text a line; plain or gzipped. No model is needed.",
+        options=(
+            SUITE,
+            Option("predictions", "FILE", "what was said", required=True),
+            dataclasses.replace(SCORED[0], required=True),
+            *SCORED[1:],
+            Option("spice_jars", "DIR", "where SPICE's own program lies; without it there is no SPICE"),
+            JSON,
+        ),
+        example="--suite=vqav2 --predictions=results.json --annotations=v2_mscoco_val2014_annotations.json",
+        exit_codes=(0, 1, 2),
+        needs_device=False,
+    ),
+    "compare": Command(
+        module="vlkd_jax.compare",
+        summary="the difference of two evaluations, with its interval",
+        description="Compares two systems on the same items by a paired bootstrap, clustered by picture. A and B are "
+        "workdirs of vlkd evaluate, or two files of predictions, then with --suite and --annotations.",
+        options=(
+            Option("a", "A", "the first", kind="argument", required=True),
+            Option("b", "B", "the second", kind="argument", required=True),
+            dataclasses.replace(SUITE, help=f"of two files of predictions: {SUITE.help}", required=False),
+            *SCORED,
+            JSON,
+        ),
+        example="runs/before/evaluation runs/after/evaluation",
+        exit_codes=(0, 1, 2),
+        needs_device=False,
+    ),
+    "submission": Command(
+        module="vlkd_jax.submission",
+        summary="the file that a benchmark's server takes, checked",
+        description="Writes predictions as the list that EvalAI takes and says what would be rejected: every question "
+        "or picture of the split once, ids that are whole numbers, answers that are texts. Without --output it only "
+        "checks.",
+        options=(
+            dataclasses.replace(SUITE, choices=SCORED_SUITES[:-1], help="|".join(SCORED_SUITES[:-1])),
+            Option("predictions", "FILE", "predictions.jsonl or a result file", required=True),
+            Option("questions", "FILE", "the split's questions; of captions the file of its images", required=True),
+            Option("output", "FILE", "what to upload; the benchmarks want .json"),
+        ),
+        example="--suite=vqav2 --predictions=predictions.jsonl --questions=questions.json --output=upload.json",
+        exit_codes=(0, 1, 2),
+        needs_device=False,
+    ),
+    "report": Command(
+        module="vlkd_jax.report",
+        summary="one page about an evaluation: figures, best and worst, pictures",
+        description="Writes OUT/report/index.html about every suite of an evaluation: figures with intervals, bars by "
+        "type, the best and the worst answers with their pictures. One file, which needs no network.",
+        options=(Option("out", "OUT", "--workdir of vlkd evaluate", kind="argument", required=True),),
+        example="runs/mine_eval",
+        exit_codes=(0, 1, 2),
+        needs_device=False,
+    ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",
         summary="the whole job on the built-in world: train, evaluate, report",
@@ -166,7 +247,7 @@ def usage(command: Command, program: str) -> str:
     told = [option for option in command.options if not option.hidden]
     overrides = [f"[--{option.name}.FIELD=VALUE ...]" for option in told if option.overrides]
     synopsis = " ".join([program, *map(_synopsis, told), *overrides])
-    rows = [(f"--{option.name}={option.value}", option.help + _notes(option)) for option in told]
+    rows = [(_spelled(option), option.help + _notes(option)) for option in told]
     rows += [(f"--{option.name}.FIELD=VALUE", option.overrides) for option in told if option.overrides]
     codes = ", ".join(f"{code} {EXIT_CODES[code]}" for code in command.exit_codes)
     sections = [
@@ -179,9 +260,14 @@ def usage(command: Command, program: str) -> str:
     return "\n\n".join(sections)
 
 
+def _spelled(option: Option) -> str:
+    if option.kind == "argument":
+        return option.value
+    return f"--{option.name}" if option.kind == "flag" else f"--{option.name}={option.value}"
+
+
 def _synopsis(option: Option) -> str:
-    text = f"--{option.name}={option.value}"
-    return text if option.required else f"[{text}]"
+    return _spelled(option) if option.required else f"[{_spelled(option)}]"
 
 
 def _notes(option: Option) -> str:

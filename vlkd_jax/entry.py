@@ -57,7 +57,8 @@ def _run(main: Callable[[], None], command: Command, argv: Sequence[str] | None)
     except flags.Error as e:  # ml_collections looks into a --flagfile here already
         _leave(str(e), 2)
     try:
-        parse(argv, [option.name for option in command.options if option.required])
+        required = [option.name for option in command.options if option.required]
+        parse(argv, required, [option.name for option in command.options if option.kind == "argument"])
         _start(command)
         main()
         _finish()
@@ -78,6 +79,8 @@ def _run(main: Callable[[], None], command: Command, argv: Sequence[str] | None)
 
 def _start(command: Command) -> None:
     """Raises UserError when the processes of this run do not come together, or jax finds no device."""
+    if not command.needs_device:
+        return
     if not set(PROCESSES) <= set(command.options):
         _check_devices()
         return
@@ -142,12 +145,14 @@ def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) ->
         match option.kind:
             case "config":
                 config_flags.DEFINE_config_file(option.name, help_string=option.help, flag_values=values)
-            case "string":
+            case "string" | "argument":
                 flags.DEFINE_string(**common)
             case "integer":
                 flags.DEFINE_integer(**common, lower_bound=option.minimum)
             case "number":
                 flags.DEFINE_float(**common, lower_bound=option.minimum)
+            case "flag":
+                flags.DEFINE_bool(**common | {"default": False})
             case "choice":
                 flags.DEFINE_enum(**common, enum_values=option.choices)
             case kind:
@@ -167,8 +172,11 @@ def _has_threads() -> bool:
     return any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate())
 
 
-def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
+def parse(argv: Sequence[str], required: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
     """Parses absl flags; `--config=` takes what `vlkd_jax.config.config_path` takes.
+
+    Args:
+      arguments: flags that are given in this order, without their names.
 
     Raises:
       UserError: an unknown flag, config or config key (with the nearest name), a wrong value, a missing flag, a config
@@ -176,7 +184,10 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
     """
     configs: list[str] = []
     try:
-        rest = flags.FLAGS(_with_config_paths(argv, configs))
+        rest = flags.FLAGS(_with_config_paths(argv, configs))[1:]
+        for name, value in zip(arguments, rest):
+            flags.FLAGS[name].value = value
+        rest = rest[len(arguments) :]
         missing = [name for name in required if flags.FLAGS[name].value is None]
         empty = [name for name in flags.FLAGS if "." not in name and flags.FLAGS[name].present and _is_empty(name)]
         wrong = [path for path in configs if not callable(getattr(flags.FLAGS["config"].value, "lock", None))]
@@ -187,14 +198,15 @@ def parse(argv: Sequence[str], required: Sequence[str] = ()) -> None:
         if not fault and not isinstance(e, (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)):
             raise
         raise UserError(fault or _explain(str(e), argv, configs)) from e
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; options are written --name=value")
     if wrong:
         raise UserError(f"{wrong[0]}: its get_config() returns no ConfigDict; start from vlkd_jax.configs.base")
     if empty:
         raise UserError(f"--{empty[0]} is empty; give a value: --{empty[0]}=...")
     if missing:
-        raise UserError(f"missing --{missing[0]}=...; see --help")
+        name = missing[0].upper() if missing[0] in arguments else f"--{missing[0]}=..."
+        raise UserError(f"missing {name}; see --help")
 
 
 def _is_empty(name: str) -> bool:
@@ -204,7 +216,7 @@ def _is_empty(name: str) -> bool:
 
 def _with_config_paths(argv: Sequence[str], configs: list[str]) -> list[str]:
     """The arguments with flag files read and the value of every `--config` a path; `configs` receives those files."""
-    argv = flags.FLAGS.read_flags_from_files(list(argv))
+    argv = [_underscored(argument) for argument in flags.FLAGS.read_flags_from_files(list(argv))]
     for i, argument in enumerate(argv):
         if argument == "--" or "config" not in flags.FLAGS:
             break
@@ -215,6 +227,12 @@ def _with_config_paths(argv: Sequence[str], configs: list[str]) -> list[str]:
         argv[i if equals else i + 1] = f"{flag}={path}" if equals else path
         configs.append(path.partition(":")[0])
     return argv
+
+
+def _underscored(argument: str) -> str:
+    """`--allow-partial` is `--allow_partial`."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _fault_in(configs: Sequence[str], error: BaseException | None) -> str | None:

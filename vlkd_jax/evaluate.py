@@ -28,10 +28,12 @@ from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.data.sources import counted, read_json
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals.files import NONE
+from vlkd_jax.evals.files import NONE, place
 from vlkd_jax.evals.runner import run_suite
 from vlkd_jax.evals.suite import Item, check_prompts
 from vlkd_jax.evals.suites import SUITES
+from vlkd_jax.evals.vqa_files import version_of
+from vlkd_jax.manifest import file_sha256
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.sharding import make_mesh
 from vlkd_jax.storage import AnyPath, locate, make_directory, write_atomic
@@ -51,6 +53,8 @@ TEMPLATES = {
     "image_name": ("image_id", "split"),
 }
 """Fields of suites that are templates, or several of them, and what is filled in."""
+FILES = ("questions", "annotations", "answers", "captions", "labels", "classes", "documents", "summaries")
+"""Fields of suites that name a file."""
 TOWERS = ("student", "clip")
 
 
@@ -126,7 +130,19 @@ def evaluate(
             settings, place = settings_of(suites, plain, start), workdir / "before" / name
             asked = list(kind.items(plain))
             metrics["before"] = run_suite(f"before/{name}", kind, asked, start, place, settings)
-        yield name, metrics | {"suite": suite.to_dict()}
+        yield name, metrics | {"suite": suite.to_dict(), "files": processes.on_first(lambda s=suite: hash_files(s))}
+
+
+def hash_files(suite: ConfigDict) -> dict[str, dict[str, str]]:
+    """{field: {"path", "sha256"}} of each file that the suite reads but its pictures, `version` of annotations."""
+    files = {}
+    for field in FILES:
+        value = suite.get(field)
+        if isinstance(value, str) and value != NONE and (path := place(suite, field)).is_file():
+            files[field] = {"path": os.fspath(path), "sha256": file_sha256(path)}
+    if suite.kind == "vqa" and "annotations" in files:
+        files["annotations"]["version"] = version_of(read_json(place(suite, "annotations")))
+    return files
 
 
 def variants(suites: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:

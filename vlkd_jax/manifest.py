@@ -90,6 +90,11 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
     return body
 
 
+def manifest_sha256(path: epath.Path) -> str:
+    """The hash of a manifest, and through it of every file of the step."""
+    return json.loads((path / MANIFEST).read_bytes().partition(b"\n")[0])["sha256"]
+
+
 def is_of_another_format(path: epath.Path) -> bool:
     """Whether the manifest is intact and of a format that this version does not read."""
     try:

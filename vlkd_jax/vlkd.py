@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vlkd_jax import predict, sharding
+from vlkd_jax import predict, processes, sharding
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
@@ -53,7 +56,8 @@ class VLKD:
       configs: "bart" and "clip", as their directories have them.
       mesh: the devices that hold the parameters; batches are spread over them.
       image_tokens: which of the teacher's image tokens the student reads.
-      identity: where it comes from: {"directory", "step", "inputs": sha256 of the files it began with}.
+      identity: where it comes from: {"directory", "step", "sha256" of the checkpoint, "inputs": sha256 of the files it
+        began with, "preprocessing_sha256" of how pictures become pixels}.
     """
 
     bart: Bart
@@ -80,9 +84,11 @@ class VLKD:
             raise UserError("this run trains a CLIP; only a run of objective vlkd or bart_denoise can be used here")
         bart = Bart(task.configs["bart"], dtype=task.module.dtype)
         common = {"bart": bart, "bart_text": task.encoder.bart_text, "configs": task.configs, "mesh": mesh}
-        common["identity"] = identity or {}
+        common["identity"] = dict(identity or {})
         if task.teacher is None:
             return cls(bart_params=params, **common)
+        preprocessing = json.dumps(task.teacher.config.preprocessing.to_hf(), sort_keys=True)
+        common["identity"]["preprocessing_sha256"] = hashlib.sha256(preprocessing.encode()).hexdigest()
         return cls(
             bart_params=params["bart"],
             student=task.module,
@@ -122,6 +128,9 @@ class VLKD:
             set_at_start = {name: value for name, value in params.items() if name in task.fixed}
             params, step = task.load_params(layout) | set_at_start, 0
         identity = {"directory": os.fspath(locate(directory)), "step": step, "inputs": read_inputs(directory)}
+        if not at_start:
+            with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
+                identity["sha256"] = processes.on_first(functools.partial(checkpoints.sha256, step))
         return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity)
 
     @classmethod

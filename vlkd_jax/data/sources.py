@@ -8,9 +8,11 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import functools
+import gzip
 import hashlib
 import json
 import posixpath
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,13 +240,22 @@ def _held_out_keys(keys: set[str], every: int) -> set[str]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text without the byte order mark that Windows programs put before it."""
+    """A file's text, of a .gz unpacked, without the byte order mark that Windows programs put before it.
+
+    Raises:
+      UserError: missing, no gzip file though so called, not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a gzip file that can be read ({e}); correct the file or its name") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); correct the path") from e
     except UnicodeDecodeError as e:
-        is_utf16 = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         what = "UTF-16, not UTF-8" if is_utf16 else f"not UTF-8 at byte {e.start}"
         raise UserError(f"{path}: {what}; save it as UTF-8") from e
 

@@ -1,7 +1,7 @@
 """BLEU, ROUGE-L and CIDEr-D of captions as the standard caption tools compute them, from tokens.
 
 Sources: Papineni et al. 2002, Lin 2004, Vedantam et al. 2015, with the constants of the public evaluation code for COCO
-(Chen et al. 2015), reimplemented. METEOR and SPICE need Java programs and are not here.
+(Chen et al. 2015), reimplemented. METEOR and SPICE need Java programs and are not here: see `standard_captions`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+
+from vlkd_jax.evals.ptb import tokenize
 
 Tokens = Sequence[str]
 ORDERS = 4
@@ -26,19 +30,20 @@ def ngrams(tokens: Tokens) -> list[Counter[tuple[str, ...]]]:
     return [Counter(zip(*(tokens[k:] for k in range(n)), strict=False)) for n in range(1, ORDERS + 1)]
 
 
-def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Corpus BLEU-1 to BLEU-4 in [0, 1], each against the reference of the nearest length, the shorter of two."""
-    right, said = np.zeros(ORDERS), np.zeros(ORDERS)
-    length = nearest = 0
-    for candidate, given in zip(candidates, references, strict=True):
-        limits = [Counter() for _ in range(ORDERS)]
-        for reference in given:
-            limits = [a | b for a, b in zip(limits, ngrams(reference), strict=True)]
-        counts = ngrams(candidate)
-        right += [(a & b).total() for a, b in zip(counts, limits, strict=True)]
-        said += [count.total() for count in counts]
-        length += len(candidate)
-        nearest += min((abs(len(reference) - len(candidate)), len(reference)) for reference in given)[1]
+def bleu_counts(candidate: Tokens, references: Sequence[Tokens]) -> np.ndarray:
+    """What one picture adds to BLEU, float [10]: n-grams right and said for n from 1 to 4, length, nearest length."""
+    limits = [Counter() for _ in range(ORDERS)]
+    for reference in references:
+        limits = [a | b for a, b in zip(limits, ngrams(reference), strict=True)]
+    counts = ngrams(candidate)
+    right = [(a & b).total() for a, b in zip(counts, limits, strict=True)]
+    nearest = min((abs(len(reference) - len(candidate)), len(reference)) for reference in references)[1]
+    return np.array([*right, *(count.total() for count in counts), len(candidate), nearest], float)
+
+
+def bleu(total: np.ndarray) -> list[float]:
+    """Corpus BLEU-1 to BLEU-4 in [0, 1] of summed `bleu_counts`; the shorter of two nearest references counts."""
+    right, said, (length, nearest) = total[:ORDERS], total[ORDERS : 2 * ORDERS], total[2 * ORDERS : 2 * ORDERS + 2]
     precisions = (right + 1e-15) / (said + 1e-9)
     values = np.cumprod(precisions) ** (1 / np.arange(1, ORDERS + 1))
     ratio = (length + 1e-15) / (nearest + 1e-9)
@@ -92,6 +97,30 @@ def cider(candidate: Tokens, references: Sequence[Tokens], frequencies: Document
                 product = sum(min(value, other[g]) * other[g] for g, value in vector.items() if g in other)
                 total += penalty * product / both
     return 10 * total / (ORDERS * len(references))
+
+
+def name() -> str:
+    """What a result says that it was scored by."""
+    return f"vlkd_jax {version('vlkd_jax')}, without Java"
+
+
+def tokenize_all(captions: Sequence[str]) -> list[list[str]]:
+    """Tokens of each caption."""
+    return [tokenize(caption) for caption in captions]
+
+
+def scores(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, Any]:
+    """`Bleu`, four of the whole; `ROUGE_L` and `CIDEr`, arrays [pictures].
+
+    The document frequencies are those of the references given.
+    """
+    frequencies = DocumentFrequencies(references)
+    pairs = list(zip(candidates, references, strict=True))
+    return {
+        "Bleu": bleu(np.sum([bleu_counts(*pair) for pair in pairs], 0)),
+        "ROUGE_L": np.array([rouge_l(*pair) for pair in pairs]),
+        "CIDEr": np.array([cider(*pair, frequencies) for pair in pairs]),
+    }
 
 
 def _norm(vector: dict[tuple[str, ...], float]) -> float:

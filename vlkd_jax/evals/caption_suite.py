@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data.images import open_image
-from vlkd_jax.evals.caption_metrics import DocumentFrequencies, bleu, cider, rouge_l
+from vlkd_jax.evals import caption_metrics, standard_captions
 from vlkd_jax.evals.captioned import read_captioned
 from vlkd_jax.evals.captions import word_f1
 from vlkd_jax.evals.files import check_choice, if_unusable, place
-from vlkd_jax.evals.ptb import tokenize
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
 
@@ -49,40 +49,65 @@ def judge_caption(row: Row) -> Row:
     return normalised | ({"score": word_f1(row["raw"], row["answers"])} if row["answers"] else {})
 
 
-def score_captions(rows: list[Row]) -> dict[str, Any]:
-    """BLEU, ROUGE-L and CIDEr-D as the standard tools give them, the mean of `word_f1`, and the share that differ.
+def score_captions(rows: list[Row], spice_jars: Path | None = None) -> dict[str, Any]:
+    """BLEU, METEOR, ROUGE-L and CIDEr-D of the standard tools, the mean of `word_f1`, and the share that differ.
 
-    Of rows with a domain, as nocaps has them, the same `by_domain` (in, near, out), and for `entire`. The document
-    frequencies of CIDEr are those of the references of the pictures that are scored together: of a domain its own.
+    By the tools themselves where Java and pycocoevalcap are there, else by `caption_metrics`, without METEOR;
+    `scorer` says which, `not_computed` why. Of rows with a domain, as nocaps has them, the same `by_domain` (in, near,
+    out), and for `entire`. The document frequencies of CIDEr are those of the references of the pictures that are
+    scored together: of a domain its own; `CIDEr_entire_frequencies` takes those of all domains.
+
+    Args:
+      spice_jars: the directory of SPICE's program; None: no SPICE.
+
+    Raises:
+      UserError: SPICE cannot be run.
     """
-    domains: dict[str, list[Row]] = {}
-    for row in rows:
+    why_absent = standard_captions.why_absent()
+    tools = caption_metrics if why_absent else standard_captions
+    captions = [row["normalised"] for row in rows]
+    tokens = iter(tools.tokenize_all(captions + [answer for row in rows for answer in row["answers"]]))
+    candidates = [next(tokens) for _ in rows]
+    references = [[next(tokens) for _ in row["answers"]] for row in rows]
+    spices = None
+    if spice_jars is not None:
+        spices = standard_captions.spice(captions, [row["answers"] for row in rows], spice_jars)
+
+    def summary(chosen: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
+        values = tools.scores([candidates[k] for k in chosen], [references[k] for k in chosen])
+        if spices is not None:
+            values["SPICE"] = spices[list(chosen)]
+        return _summary([rows[k] for k in chosen], values)
+
+    entire, ciders = summary(range(len(rows)))
+    entire["scorer"] = tools.name()
+    missing = {"METEOR": why_absent} if why_absent else {}
+    missing |= {} if spice_jars else {"SPICE": "needs the path of its program, --spice_jars of vlkd score"}
+    entire |= {"not_computed": missing} if missing else {}
+    domains: dict[str, list[int]] = {}
+    for k, row in enumerate(rows):
         if "domain" in row:
-            domains.setdefault(row["domain"].removesuffix("-domain"), []).append(row)
-    metrics = _summary(rows)
+            domains.setdefault(row["domain"].removesuffix("-domain"), []).append(k)
     if not domains:
-        return metrics
-    return metrics | {"by_domain": {name: _summary(domains[name]) for name in sorted(domains)} | {"entire": metrics}}
+        return entire
+    by_domain = {}
+    for name in sorted(domains):
+        figures, _ = summary(domains[name])
+        by_domain[name] = figures | {"CIDEr_entire_frequencies": float(ciders[domains[name]].mean())}
+    return entire | {"by_domain": by_domain | {"entire": dict(entire)}}
 
 
-def _summary(rows: list[Row]) -> dict[str, Any]:
-    candidates = [tokenize(row["normalised"]) for row in rows]
-    references = [[tokenize(answer) for answer in row["answers"]] for row in rows]
-    frequencies = DocumentFrequencies(references)
-    pairs = list(zip(candidates, references, strict=True))
-    ciders = np.array([cider(*pair, frequencies) for pair in pairs])
-    scores = np.array([row["score"] for row in rows])
-    return {
-        **{f"Bleu_{n}": value for n, value in enumerate(bleu(candidates, references), 1)},
-        "ROUGE_L": float(np.mean([rouge_l(*pair) for pair in pairs])),
-        "CIDEr": float(ciders.mean()),
-        "CIDEr_interval": interval(ciders, range(len(rows))),
-        "document_frequencies": f"references of these {len(rows)} pictures",
-        "word_f1": float(scores.mean()),
-        "word_f1_interval": interval(scores, range(len(rows))),
-        "distinct": len({row["raw"] for row in rows}) / len(rows),
-        "n": len(rows),
-    }
+def _summary(rows: list[Row], values: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    """Metrics, and CIDEr of each picture; `values` are of `caption_metrics.scores`."""
+    metrics = {f"Bleu_{n}": float(value) for n, value in enumerate(values["Bleu"], 1)}
+    metrics |= {"METEOR": float(values["METEOR"])} if "METEOR" in values else {}
+    overlap = np.array([row["score"] for row in rows])
+    for name, of_each in {**values, "word_f1": overlap}.items():
+        if name not in ("Bleu", "METEOR"):
+            metrics |= {name: float(of_each.mean()), f"{name}_interval": interval(of_each, range(len(rows)))}
+    metrics["document_frequencies"] = f"references of these {len(rows)} pictures"
+    metrics["distinct"] = len({row["normalised"] for row in rows}) / len(rows)
+    return metrics | {"n": len(rows)}, values["CIDEr"]
 
 
 def caption_results(rows: list[Row]) -> list[dict[str, Any]]:

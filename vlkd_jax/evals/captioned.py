@@ -46,7 +46,7 @@ def read_captioned(suite: ConfigDict) -> list[CaptionedImage]:
     path = place(suite, "captions")
     data = read_json(path) if path.suffix == ".json" else {}
     if _is_karpathy(data):
-        images = _karpathy_images(suite, path, data)
+        images = _karpathy_images(path, data, suite.split, f"config.{suite.name}.split")
         check_pictures(suite, [image.name for image in images], path)
         return images
     images = _coco_images(path, data) if path.suffix == ".json" else {}
@@ -54,6 +54,28 @@ def read_captioned(suite: ConfigDict) -> list[CaptionedImage]:
         _add_captions(suite, path, images)
     check_pictures(suite, [image.name for image in images.values() if not image.captions], path)
     return list(images.values())
+
+
+def read_references(path: Path, data: Any, split: str) -> dict[Any, CaptionedImage]:
+    """{image id: its captions and domain} of a file's value, COCO's form or Karpathy's, without any pictures.
+
+    Raises:
+      UserError: another form; an entry that cannot be used; a caption of an image that is not there.
+    """
+    if _is_karpathy(data):
+        return {image.id: image for image in _karpathy_images(path, data, split, "--split")}
+    if not isinstance(data, dict) or not isinstance(data.get("annotations"), list):
+        raise UserError(f"{path}: no list 'annotations'; give COCO's captions, nocaps' or Karpathy's splits")
+    images = {image.id: image for image in _coco_images(path, data).values()} if data.get("images") else None
+    references = images or {}
+    for number, entry in enumerate(data["annotations"]):
+        fields = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(fields[0], (int, str)) or not isinstance(fields[1], str):
+            raise UserError(f"{path}: annotations[{number}] is no image_id with a caption; give a captions file")
+        if images is not None and fields[0] not in images:
+            raise UserError(f"{path}: annotations[{number}]: image {fields[0]} is not among images; correct the entry")
+        references.setdefault(fields[0], CaptionedImage("", fields[0], [])).captions.append(fields[1])
+    return references
 
 
 def _folder_images(suite: ConfigDict) -> list[CaptionedImage]:
@@ -70,8 +92,8 @@ def _is_karpathy(data: Any) -> bool:
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 
 
-def _karpathy_images(suite: ConfigDict, path: Path, data: dict[str, Any]) -> list[CaptionedImage]:
-    chosen = suite.split.split("+")
+def _karpathy_images(path: Path, data: dict[str, Any], split: str, field: str) -> list[CaptionedImage]:
+    chosen = split.split("+")
     try:
         there = sorted({str(image["split"]) for image in data["images"]})
         images = [_karpathy_image(path, image) for image in data["images"] if image["split"] in chosen]
@@ -82,7 +104,7 @@ def _karpathy_images(suite: ConfigDict, path: Path, data: dict[str, Any]) -> lis
         ) from e
     unknown = [name for name in chosen if name not in there]
     if unknown:
-        raise UserError(f"{path}: no images of split {unknown[0]!r}; config.{suite.name}.split is of {few(there)}")
+        raise UserError(f"{path}: no images of split {unknown[0]!r}; {field} is of {few(there)}")
     return images
 
 

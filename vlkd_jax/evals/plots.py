@@ -87,6 +87,31 @@ def bars(groups: dict[str, dict[str, Bar]], upright: bool) -> str:
         return _data_uri(figure)
 
 
+def bars_by_name(values: dict[str, Bar], label: str) -> str:
+    """One lying bar a name, in per cent where `label` says so, with interval whiskers and its figure."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure((7.4, 0.32 * len(values) + 0.9))
+        scale = 100 if "%" in label else 1
+        heights = np.array([scale * value for value, _ in values.values()])
+        ends = np.array([scale * (bounds or (value, value))[1] for value, bounds in values.values()])
+        starts = np.array([scale * (bounds or (value, value))[0] for value, bounds in values.values()])
+        whiskers = np.clip(np.stack([heights - starts, ends - heights]), 0, None)
+        style = {"color": SERIES["after"][1], "error_kw": {"ecolor": _INK, "elinewidth": 1, "capsize": 2}}
+        axes.barh(range(len(values)), heights, 0.65, xerr=whiskers, **style)
+        top = max(ends.max(), 1e-9)
+        for place, (height, end) in enumerate(zip(heights, ends, strict=True)):
+            axes.text(end + 0.015 * top, place, f"{height:.{1 if scale == 100 else 3}f}", va="center", fontsize=9)
+        axes.set_xlim(0, 1.12 * top)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.invert_yaxis()
+        axes.margins(y=0.02)
+        return _data_uri(figure)
+
+
 def _draw_bars(axes, at, values: list[Bar], upright: bool, labelled: bool, name: str, color: str, hatch: str) -> None:
     heights = np.array([100 * value for value, _ in values])
     bounds = 100 * np.array([interval or (value, value) for value, interval in values])

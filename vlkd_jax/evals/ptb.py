@@ -20,6 +20,15 @@ BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 PUNCTUATION = frozenset(["''", "'", "``", "`", '"', "“", "”", "–", "—", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """Tokens that the standard tools drop; brackets, which they mean to drop, stay there, being in lower case by then."""
 
+WRITTEN_OUT = str.maketrans(
+    {"½": "\t1/2", "¼": "\t1/4", "¾": "\t3/4", "…": "\t...", "€": "$", "£": "#", "\xad": "", "’": "'"}
+)
+"""Characters that the Java program reads as others."""
+_UNREAD = re.compile(
+    r"[\x00-\x08\x0e-\x1b\x7f\u200b-\u200f\u2060-\u206f\ufe00-\ufe0f\ufeff\ud800-\uf8ff\U00010000-\U0010ffff]"
+)
+"""Characters that it passes over, as if a space stood there: controls, marks without a width, all emoji."""
+
 _CLITIC = r"(?:n't|'(?:s|d|m|ll|re|ve))(?!\w)"
 _INSIDE = rf"[-/.](?=[^\W_])|_|(?<=[aeiouy])'(?=[aeiou])(?!{_CLITIC})"  # what may stand between letters: pe'e
 _TOKEN = re.compile(
@@ -50,7 +59,7 @@ _TOKEN = re.compile(
 def tokenize(caption: str) -> list[str]:
     """Lower-case tokens of a caption, punctuation dropped."""
     tokens: list[str] = []
-    for match in _TOKEN.finditer(caption.replace("’", "'")):
+    for match in _TOKEN.finditer(_UNREAD.sub(" ", caption.translate(WRITTEN_OUT))):
         token = match.group().lower()
         at = SPLIT.get(token, 0)
         token = BRACKETS.get(token, token.replace(" ", "\xa0"))

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -167,7 +168,7 @@ def _score(kind: Suite, directory: AnyPath, rows: list[Row]) -> dict[str, Any]:
     Rows of pictures that could not be used are counted by reason: those `left_out` of the score, and `misses` in it.
     """
     scored = [row for row in rows if "score" in row]
-    metrics = kind.score(scored) if scored else {"n": 0}
+    metrics = {"scorer": f"vlkd_jax {version('vlkd_jax')}"} | (kind.score(scored) if scored else {"n": 0})
     for name, is_scored in (("left_out", False), ("misses", True)):
         faults = Counter(row["fault"] for row in rows if "fault" in row and ("score" in row) == is_scored)
         metrics |= {name: dict(faults)} if faults else {}

@@ -78,6 +78,8 @@ class Suite:
       judge: a row with `raw` -> what is added to it: `normalised`, `score`, ...
       score: judged rows that have a `score`, one at least, nothing else -> metrics.
       results: all rows -> what the benchmark's server takes; None: it has none.
+      picture: (its config, a row) -> the row's picture, for a page; None: that of the name `row["image"]` in the folder
+        `images`.
     """
 
     items: Callable[[ConfigDict], Iterable[Item]]
@@ -85,6 +87,7 @@ class Suite:
     score: Callable[[list[Row]], dict[str, Any]]
     results: Callable[[list[Row]], list[dict[str, Any]]] | None = None
     predict: Callable[[VLKD, list[Item], int, str], Iterator[Row]] | None = None
+    picture: Callable[[ConfigDict, Row], Picture] | None = None
 
 
 def decoding_of(suite: ConfigDict, max_new_tokens: int) -> Decoding:

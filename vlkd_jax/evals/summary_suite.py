@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def judge_summary(row: Row) -> Row:
 
 def score_summaries(rows: list[Row]) -> dict[str, Any]:
     """Mean F1 of each ROUGE with its interval, in [0, 1]."""
-    metrics: dict[str, Any] = {"n": len(rows)}
+    metrics: dict[str, Any] = {"n": len(rows), "scorer": f"rouge_score {version('rouge-score')}, with stemmer"}
     for name in ROUGE:
         values = np.array([row["rouge"][name] for row in rows])
         metrics |= {name: float(values.mean()), f"{name}_interval": interval(values, range(len(values)))}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_choice, check_pictures, check_places, filled, if_unusable, place
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
-from vlkd_jax.evals.vqa import accuracy, normalize_answer
+from vlkd_jax.evals.vqa import RULES, accuracy, normalize_answer
+from vlkd_jax.evals.vqa_files import (
+    ANSWER_FIELDS,
+    TYPES,
+    Entries,
+    annotation_entries,
+    check_same_split,
+    human_answers,
+    read_annotations,
+    read_questions,
+    types_of,
+)
 from vlkd_jax.metrics import say
 
 HUMANS = 10
@@ -28,7 +40,6 @@ HUMANS = 10
 HUMANS_AT_LEAST = 4
 """Of fewer not even the answer of all would score 1: three others have to have given it."""
 METRICS = ("vqa_accuracy", "exact_match")
-Entries = list[dict[str, Any]]
 
 
 def vqa_items(suite: ConfigDict) -> Iterator[Prompt]:
@@ -40,6 +51,7 @@ def vqa_items(suite: ConfigDict) -> Iterator[Prompt]:
         `suite.max_unusable` allows, a field of the suite that has no meaning.
     """
     check_choice(suite, "metric", METRICS)
+    check_choice(suite, "answer_field", ANSWER_FIELDS)
     check_places(suite, "questions", "annotations", "images", "answers")
     candidates, decoding = _candidates(suite), decoding_of(suite, suite.answer_tokens)
     items = sorted(_read_questions(suite), key=lambda item: item["image"])
@@ -47,8 +59,9 @@ def vqa_items(suite: ConfigDict) -> Iterator[Prompt]:
     for item in items:
         row = {"task": "vqa", "id": item["id"], "image": item["image"]}
         row["prompt"] = suite.question_decoder.format(question=item["question"])
+        row |= {"answers": item["answers"], "metric": suite.metric} | types_of(item) | if_unusable(suite)
         yield Prompt(
-            row | {"answers": item["answers"], "metric": suite.metric} | if_unusable(suite),
+            row,
             suite.question_encoder,
             suite.question_decoder,
             decoding,
@@ -60,69 +73,37 @@ def vqa_items(suite: ConfigDict) -> Iterator[Prompt]:
 
 def _read_questions(suite: ConfigDict) -> Entries:
     path = place(suite, "questions")
-    data = read_json(path)
-    questions = _entries(data, path, "questions", ("question_id", "image_id", "question"))
-    for entry in questions:
-        if not isinstance(entry["question"], str):
-            raise UserError(f"{path}: question {entry['question_id']}: field question is not a text")
-    annotations = None if suite.annotations == NONE else _matching_annotations(suite, data, questions)
+    data, questions = read_questions(path)
+    known = {} if suite.annotations == NONE else _matching_annotations(suite, data, questions)
     name = _image_names(suite, [entry["image_id"] for entry in questions])
     return [
-        {
-            "id": entry["question_id"],
-            "question": entry["question"],
-            "image": name(entry["image_id"]),
-            "answers": [] if annotations is None else annotations[entry["question_id"]],
-        }
+        {"id": entry["question_id"], "question": entry["question"], "image": name(entry["image_id"])}
+        | known.get(entry["question_id"], {"answers": []})
         for entry in questions
     ]
 
 
-def _matching_annotations(suite: ConfigDict, asked: dict[str, Any], questions: Entries) -> dict[Any, list[str]]:
-    """{question id: human answers} of all of `questions`, the list of the questions file `asked`."""
+def _matching_annotations(suite: ConfigDict, asked: dict[str, Any], questions: Entries) -> dict[Any, Row]:
+    """{question id: its human answers and its types} of all of `questions`, the list of the questions file `asked`."""
     path = place(suite, "annotations")
-    data = read_json(path)
-    annotations = {entry["question_id"]: entry for entry in _annotation_entries(data, path)}
-    splits = [file.get("data_subtype") for file in (asked, data)]
-    if all(splits) and splits[0] != splits[1]:
-        raise UserError(
-            f"{path}: data_subtype is {splits[1]!r}, and {splits[0]!r} in {place(suite, 'questions')}; give the "
-            "questions and annotations of one split"
-        )
+    data, entries = read_annotations(path)
+    check_same_split((place(suite, "questions"), asked, questions), (path, data, entries))
+    annotations = {entry["question_id"]: entry for entry in entries}
     without = [entry["question_id"] for entry in questions if entry["question_id"] not in annotations]
     if without:
         raise UserError(
             f"{path}: no answers for question {without[0]} ({len(without)} of {len(questions)} have none); use "
             f"matching files, or --config.{suite.name}.annotations={NONE} to answer without a score"
         )
-    for entry in questions:
-        image = annotations[entry["question_id"]].get("image_id", entry["image_id"])
-        if image != entry["image_id"]:
-            raise UserError(
-                f"{path}: question {entry['question_id']} is about image {image}, and about {entry['image_id']} in "
-                f"{place(suite, 'questions')}; give the questions and annotations of one split"
-            )
     if len(annotations) > len(questions):
         say(f"{path}: {len(annotations) - len(questions):,} annotations are of no question that is asked")
-    answers = {k: _human_answers(path, annotations[k]) for k in (entry["question_id"] for entry in questions)}
+    known = {
+        entry["question_id"]: {"answers": human_answers(path, entry, suite.answer_field), **types_of(entry)}
+        for entry in (annotations[question["question_id"]] for question in questions)
+    }
     if suite.metric == "vqa_accuracy":
-        _check_numbers(suite, path, answers)
-    return answers
-
-
-def _annotation_entries(data: Any, path: Path) -> Entries:
-    return _entries(data, path, "annotations", ("question_id", "answers"))
-
-
-def _human_answers(path: Path, entry: dict[str, Any]) -> list[str]:
-    where = f"{path}: question {entry['question_id']}"
-    humans = entry["answers"] if isinstance(entry["answers"], list) else [entry["answers"]]
-    answers = [human.get("answer") if isinstance(human, dict) else None for human in humans]
-    wrong = [human for human, answer in zip(humans, answers, strict=True) if not isinstance(answer, str)]
-    if wrong or not answers:
-        given = repr(wrong[0])[:80] if wrong else "none"
-        raise UserError(f'{where}: answers are {given}; each must be {{"answer": TEXT}} as in the official files')
-    return answers
+        _check_numbers(suite, path, {number: row["answers"] for number, row in known.items()})
+    return known
 
 
 def _check_numbers(suite: ConfigDict, path: Path, answers: dict[Any, list[str]]) -> None:
@@ -143,24 +124,6 @@ def _check_numbers(suite: ConfigDict, path: Path, answers: dict[Any, list[str]])
     other = sum(len(given) != HUMANS for given in answers.values())
     if other:
         say(f"{path}: {other} of {len(answers)} questions have other than {HUMANS} answers; scored over what is there")
-
-
-def _entries(data: Any, path: Path, field: str, needed: Iterable[str]) -> Entries:
-    """The objects in a file's list `field`, each with the fields `needed` and a question_id of its own."""
-    entries = data.get(field) if isinstance(data, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: no list {field!r} with entries; use the official questions and annotations")
-    ids = set()
-    for number, entry in enumerate(entries):
-        missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
-        if missing:
-            raise UserError(f"{path}: {field}[{number}] has no field {missing[0]}; correct the entry")
-        if not isinstance(entry["question_id"], (int, str)):
-            raise UserError(f"{path}: {field}[{number}]: question_id is neither a number nor a text; correct the entry")
-        if entry["question_id"] in ids:
-            raise UserError(f"{path}: question_id {entry['question_id']} occurs twice in {field}; keep one of them")
-        ids.add(entry["question_id"])
-    return entries
 
 
 def _image_names(suite: ConfigDict, image_ids: Iterable[Any]) -> functools.partial[str]:
@@ -203,10 +166,10 @@ def _most_frequent(suite: ConfigDict, path: Path, data: Any) -> tuple[str, ...]:
     if suite.answers == suite.annotations:
         raise UserError(f"config.{suite.name}.answers is the file of the answers to be scored; give a training set's")
     counts: Counter[str] = Counter()
-    for entry in _annotation_entries(data, path):
+    for entry in annotation_entries(data, path):
         answer = entry.get("multiple_choice_answer")
         if not isinstance(answer, str) or not answer.strip():
-            answer = _most_common(_human_answers(path, entry))
+            answer = _most_common(human_answers(path, entry))
         counts[answer.strip()] += 1
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[: suite.answers_top])
 
@@ -227,12 +190,31 @@ def judge_answer(row: Row) -> Row:
 
 
 def score_vqa(rows: list[Row]) -> dict[str, Any]:
-    """Mean score with its interval, clustered by picture; `other_than_ten`: how many rows have as many answers."""
-    scores = np.array([row["score"] for row in rows])
-    metrics = {"overall": float(scores.mean()), "overall_interval": interval(scores, [row["image"] for row in rows])}
-    metrics |= {"metric": rows[0]["metric"], "n": len(rows)}
+    """Mean score with its interval, clustered by picture, also of each type of answer and of question.
+
+    For VQA accuracy, `rules` holds what each of `vqa.RULES` makes of the same answers, and `other_than_ten` how many
+    rows have another number of human answers, if any.
+    """
+    overall = _figures(rows)
+    metrics = {"overall": overall["accuracy"], "overall_interval": overall["interval"], "n": len(rows)}
+    metrics |= {"metric": rows[0]["metric"], "scorer": f"vlkd_jax {version('vlkd_jax')}, by the public rule"}
+    for kind in TYPES:
+        names = sorted({row[kind] for row in rows if kind in row})
+        of_type = {name: [row for row in rows if row.get(kind) == name] for name in names}
+        metrics |= {f"by_{kind}": {name: _figures(some) for name, some in of_type.items()}} if names else {}
+    if metrics["metric"] != "vqa_accuracy":
+        return metrics
+    metrics["rules"] = {
+        name: float(np.mean([rule(row.get("raw", ""), row["answers"]) for row in rows])) for name, rule in RULES.items()
+    }
     other = sum(len(row["answers"]) != HUMANS for row in rows)
-    return metrics | ({"other_than_ten": other} if other and metrics["metric"] == "vqa_accuracy" else {})
+    return metrics | ({"other_than_ten": other} if other else {})
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Any]:
+    scores = np.array([row["score"] for row in rows])
+    bounds = interval(scores, [row["image"] for row in rows])
+    return {"accuracy": float(scores.mean()), "interval": bounds, "n": len(rows)}
 
 
 def vqa_results(rows: list[Row]) -> list[dict[str, Any]]:

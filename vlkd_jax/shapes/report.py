@@ -5,9 +5,6 @@ Everything is inlined, so the file can be mailed: no script, no network. What mo
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -18,9 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.evals import plots
+from vlkd_jax.evals.markup import STYLE, bounds_of, escaped, percent, picture_uri, said
 from vlkd_jax.evals.statistics import RESAMPLES, interval
 from vlkd_jax.shapes import world
-from vlkd_jax.shapes.page import PAGE, STYLE
+from vlkd_jax.shapes.page import PAGE
 from vlkd_jax.workdir import write_atomic
 
 Rows = list[dict[str, Any]]
@@ -76,23 +74,6 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
     return directory / "index.html"
 
 
-def _text(value: object) -> str:
-    """Escaped; what cannot be printed, and what could turn the direction of the line around, becomes a mark."""
-    return html.escape("".join(c if c.isprintable() else "�" for c in str(value)))
-
-
-def _said(text: str) -> str:
-    return f"“{_text(text)}”" if text.strip() else "<em>nothing</em>"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _range(bounds: Iterable[float] | None) -> str:
-    return "–".join(f"{100 * b:.1f}" for b in bounds) if bounds else ""
-
-
 # What happened
 
 
@@ -103,14 +84,14 @@ def _story(result: dict[str, Any], rows: Rows) -> str:
         "beside a frozen image-text model (CLIP, the teacher); no question about a picture was among what it was "
         "trained on.",
         f"Then it was asked {result['n']:,} questions about pictures it had never seen, and it answered "
-        f"<strong>{_percent(vqa['after'])}</strong> right (95% interval {_range(vqa['after_interval'])}): "
-        f"before distillation it was {_percent(vqa['before'])}, and always giving the most frequent answer to that "
-        f"type of question scores {_percent(vqa['majority'])}.",
+        f"<strong>{percent(vqa['after'])}</strong> right (95% interval {bounds_of(vqa['after_interval'])}): "
+        f"before distillation it was {percent(vqa['before'])}, and always giving the most frequent answer to that "
+        f"type of question scores {percent(vqa['majority'])}.",
         _picture_effect(rows, vqa["blind"]),
-        f"Its captions reach an attribute F1 of {_percent(caption['attribute_f1']['after'])} and are right in every "
-        f"detail for {_percent(caption['exact_match']['after'])} of the pictures. Of questions about a written "
-        f"description, which it could answer from the start, it answers {_percent(text_qa['after'])} right; before it "
-        f"was {_percent(text_qa['before'])}.",
+        f"Its captions reach an attribute F1 of {percent(caption['attribute_f1']['after'])} and are right in every "
+        f"detail for {percent(caption['exact_match']['after'])} of the pictures. Of questions about a written "
+        f"description, which it could answer from the start, it answers {percent(text_qa['after'])} right; before it "
+        f"was {percent(text_qa['before'])}.",
     )
     return "".join(f"<p>{sentence}</p>" for sentence in sentences)
 
@@ -132,7 +113,7 @@ def _picture_effect(rows: Rows, blind: float) -> str:
     differences, images = np.array([p[0] for p in pairs]), [p[1] for p in pairs]
     low, high = interval(differences, images)
     points = f"{100 * differences.mean():+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}"
-    start = f"With the picture taken away, the same student answers {_percent(blind)} of the same questions right: "
+    start = f"With the picture taken away, the same student answers {percent(blind)} of the same questions right: "
     if low > 0:
         return f"{start}seeing the picture makes the difference ({points})."
     if high < 0:
@@ -177,12 +158,12 @@ def _bars(groups: dict[tuple[str, int], dict[str, plots.Bar]]) -> str:
 def _cell(value: float | None, bounds: Iterable[float] | None = None) -> str:
     if value is None:
         return "<td>–</td>"
-    return f"<td>{_percent(value)}" + (f"<small>{_range(bounds)}</small></td>" if bounds else "</td>")
+    return f"<td>{percent(value)}" + (f"<small>{bounds_of(bounds)}</small></td>" if bounds else "</td>")
 
 
 def _vqa_table(groups: dict[tuple[str, int], dict[str, plots.Bar]]) -> str:
     return "".join(
-        f'<tr><th scope="row">{_text(label)}<small>n = {n:,}</small></th>'
+        f'<tr><th scope="row">{escaped(label)}<small>n = {n:,}</small></th>'
         + "".join(_cell(*group[key]) for key in plots.SERIES)
         + "</tr>"
         for (label, n), group in groups.items()
@@ -199,7 +180,7 @@ def _kinds_table(result: dict[str, Any]) -> str:
         for name, label in (("attribute_f1", "attribute F1"), ("exact_match", "right in every detail"))
     ]
     return "".join(
-        f'<tr><th scope="row">{_text(label)}<small>n = {n:,} each</small></th>'
+        f'<tr><th scope="row">{escaped(label)}<small>n = {n:,} each</small></th>'
         + "".join(_cell(figure["after"], figure["after_interval"]) for figure in pair)
         + "</tr>"
         for label, n, *pair in lines
@@ -231,23 +212,21 @@ def _picture(suite: ConfigDict, index: int) -> str:
     from PIL import Image
 
     scene = world.make_scene(suite.seed, suite.split, index)
-    buffer = io.BytesIO()
-    Image.fromarray(world.render(scene)).save(buffer, "PNG")
     alt = "Picture: " + ", ".join(" ".join(thing.attributes) for thing in scene.things)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="scene" src="data:image/png;base64,{data}" width="144" height="144" alt="{alt}">'
+    source = picture_uri(Image.fromarray(world.render(scene)))
+    return f'<img class="scene" src="{source}" width="144" height="144" alt="{alt}">'
 
 
 def _question(row: dict[str, Any], suite: ConfigDict) -> str:
     """The bare question of a row's prompt."""
     before, _, after = suite.question_decoder.partition("{question}")
-    return _text(row["prompt"].removeprefix(before).removesuffix(after))
+    return escaped(row["prompt"].removeprefix(before).removesuffix(after))
 
 
 def _sample(rows: Rows, suite: ConfigDict) -> str:
     """The first picture with what is asked about it, to show what the page is about."""
     row = next(row for row in rows if row["task"] == "vqa")
-    told = f"“{_question(row, suite)}”<br>Right answer: {_said(row['answers'][0])}"
+    told = f"“{_question(row, suite)}”<br>Right answer: {said(row['answers'][0])}"
     return f'<figure class="sample">{_picture(suite, row["image"])}<figcaption>{told}</figcaption></figure>'
 
 
@@ -267,9 +246,9 @@ def _question_examples(rows: Rows, suite: ConfigDict, kinds: list[str]) -> str:
 
     def card(row: dict[str, Any]) -> str:
         lines = {
-            "answer": f"<strong>{_said(row['raw'])}</strong>",
-            "right answer": _said(row["answers"][0]),
-            "no picture": _said(blind[row["id"]]),
+            "answer": f"<strong>{said(row['raw'])}</strong>",
+            "right answer": said(row["answers"][0]),
+            "no picture": said(blind[row["id"]]),
         }
         right = row["score"] == 1
         return _card(suite, row, right, "right" if right else "wrong", _question(row, suite), lines)
@@ -279,7 +258,7 @@ def _question_examples(rows: Rows, suite: ConfigDict, kinds: list[str]) -> str:
         asked = [row for row in rows if row["task"] == "vqa" and row["type"] == kind]
         right, wrong = (_first(asked, lambda row, r=r: (row["score"] == 1) == r, 1) for r in (True, False))
         count = sum(row["score"] == 1 for row in asked)
-        parts.append(f"<h4>{_text(kind)} <small>{count:,} of {len(asked):,} right</small></h4>")
+        parts.append(f"<h4>{escaped(kind)} <small>{count:,} of {len(asked):,} right</small></h4>")
         parts.append(_pair(card, right, wrong, "No question of this type was answered"))
     return "".join(parts)
 
@@ -289,8 +268,8 @@ def _caption_examples(rows: Rows, suite: ConfigDict) -> str:
 
     def card(row: dict[str, Any]) -> str:
         right = row["score"] == 1
-        lead, lines = _said(f"{row['prompt']} {row['raw']}"), {"reference": _text(row["answers"][0])}
-        verdict = "right in every detail" if right else f"wrong: attribute F1 {_percent(row['score'])}"
+        lead, lines = said(f"{row['prompt']} {row['raw']}"), {"reference": escaped(row["answers"][0])}
+        verdict = "right in every detail" if right else f"wrong: attribute F1 {percent(row['score'])}"
         return _card(suite, row, right, verdict, lead, lines)
 
     captions = [row for row in rows if row["task"] == "caption"]
@@ -386,4 +365,4 @@ def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
         "versions": f"Python {result['python']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
         "the same again": f"vlkd demo --workdir=DIR --seed={result['seed']}",
     }
-    return "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in lines.items())
+    return "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in lines.items())

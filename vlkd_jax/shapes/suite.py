@@ -215,4 +215,4 @@ def _by_type(rows: list[Row]) -> dict[str, Any]:
     return metrics
 
 
-SUITE = Suite(items, judge, score, predict=_matched)
+SUITE = Suite(items, judge, score, predict=_matched, picture=lambda suite, row: _picture(suite, row["image"])())
