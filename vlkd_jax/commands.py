@@ -167,8 +167,8 @@ COMMANDS = {
         description="Compares two systems on the same items by a paired bootstrap, clustered by picture. A and B are "
         "workdirs of vlkd evaluate, or two files of predictions, then with --suite and --annotations.",
         options=(
-            Option("a", "A", "the first", kind="argument", required=True),
-            Option("b", "B", "the second", kind="argument", required=True),
+            Option("a", "A", "workdir of an evaluation, or a file of predictions", kind="argument", required=True),
+            Option("b", "B", "the other", kind="argument", required=True),
             dataclasses.replace(SUITE, help=f"of two files of predictions: {SUITE.help}", required=False),
             *SCORED,
             JSON,
