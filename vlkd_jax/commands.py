@@ -158,7 +158,6 @@ COMMANDS = {
             JSON,
         ),
         example="--suite=vqav2 --predictions=results.json --annotations=v2_mscoco_val2014_annotations.json",
-        exit_codes=(0, 1, 2),
         needs_device=False,
     ),
     "compare": Command(
@@ -174,7 +173,6 @@ COMMANDS = {
             JSON,
         ),
         example="runs/before/evaluation runs/after/evaluation",
-        exit_codes=(0, 1, 2),
         needs_device=False,
     ),
     "submission": Command(
@@ -190,7 +188,6 @@ COMMANDS = {
             Option("output", "FILE", "what to upload; the benchmarks want .json"),
         ),
         example="--suite=vqav2 --predictions=predictions.jsonl --questions=questions.json --output=upload.json",
-        exit_codes=(0, 1, 2),
         needs_device=False,
     ),
     "report": Command(
@@ -200,7 +197,6 @@ COMMANDS = {
         "type, the best and the worst answers with their pictures. One file, which needs no network.",
         options=(Option("out", "OUT", "--workdir of vlkd evaluate", kind="argument", required=True),),
         example="runs/mine_eval",
-        exit_codes=(0, 1, 2),
         needs_device=False,
     ),
     "demo": Command(
