@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
             "log_every": 20,
             "save_every": 500,
             "keep": 2,  # checkpoints
+            "keep_teacher": "auto",  # copy clip and bart into the workdir: auto (if below 2 GiB) | yes | no
             "watchdog_seconds": 1800,  # a process that makes no step for so long ends with its threads' stacks; 0: off
             "mesh": {  # devices along each axis; -1: all that are left
                 "data": -1,  # parts of a batch; every part holds whatever fsdp and model do not split

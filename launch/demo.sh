@@ -6,12 +6,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 usage() {
   cat <<'TEXT'
-usage: launch/demo.sh [--workdir DIR] [--seed N]
+usage: launch/demo.sh [--workdir DIR] [--seed N] [--parity]
 
-Sets up Python packages (the first time), then runs the demo: trains, evaluates and reports on this machine's CPU.
+Sets up Python packages (the first time), then runs the demo: trains, evaluates, reports and
+exports on this machine's CPU.
 
   --workdir DIR  where results go (default: runs/demo under the checkout)
   --seed N       random seed, a non-negative integer (default: 0)
+  --parity       also installs torch, and compares the exported student in PyTorch with JAX: export/parity.json
   -h, --help     print this and stop
 
 VLKD_VENV names another place for the packages than .venv under the checkout.
@@ -20,11 +22,16 @@ TEXT
 
 workdir="$VLKD_ROOT/runs/demo"
 seed=0
+parity=
 while (($#)); do
   case $1 in
     -h | --help)
       usage
       exit 0
+      ;;
+    --parity)
+      parity=yes
+      shift
       ;;
     --workdir=* | --seed=*)
       set -- "${1%%=*}" "${1#*=}" "${@:2}"
@@ -44,4 +51,8 @@ vlkd_results=", --workdir DIR for the results" # for the message of the next two
 vlkd_require_writable "$workdir"
 vlkd_setup runtime
 cd "$VLKD_ROOT"
-exec "$VLKD_PYTHON" -m vlkd_jax demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS"
+demo=("$VLKD_PYTHON" -m vlkd_jax demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS")
+[[ -n $parity ]] || exec "${demo[@]}"
+vlkd_add_torch
+"${demo[@]}"
+exec "$VLKD_PYTHON" -m vlkd_jax parity "$workdir/export"

@@ -27,7 +27,7 @@ vlkd_fingerprint() { # KIND: changes with the requirements, the package metadata
   (
     cd "$VLKD_ROOT" || exit
     cat requirements.txt requirements.lock pyproject.toml
-    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock
+    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock requirements-transformers4.txt
     printf '%s\n' "$VLKD_ROOT"
   ) | "${sum[@]}" | cut -d ' ' -f 1
 }
@@ -127,6 +127,9 @@ vlkd_install() { # KIND
   esac
   vlkd_pip "${files[@]}"
   vlkd_pip --no-deps --editable "$(vlkd_source)"
+  if [[ $1 == dev ]]; then # found where PYTHONPATH says so: what it needs beside these is the environment's
+    vlkd_pip --no-deps --upgrade --target "$vlkd_venv/transformers4" -r "$VLKD_ROOT/requirements-transformers4.txt"
+  fi
   for name in runtime "$1"; do
     vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"
   done
@@ -159,4 +162,11 @@ vlkd_setup() { # KIND
   # read by the script that sources this one
   # shellcheck disable=SC2034
   VLKD_SETUP_SECONDS=$((SECONDS - vlkd_start))
+}
+
+vlkd_add_torch() { # after vlkd_setup: PyTorch beside the packages, in the version that the tests compare with
+  "$VLKD_PYTHON" -c 'import torch' 2>/dev/null && return
+  echo "Installing torch, which only the comparison needs (minutes)."
+  vlkd_log="$vlkd_venv/install.log"
+  vlkd_pip "$(grep '^torch==' "$VLKD_ROOT/requirements-dev.lock")"
 }

@@ -50,9 +50,12 @@ def test_version_and_an_unknown_command():
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], "no command given; it is one of train, evaluate, score, compare, submission, report, demo"),
+        (
+            [],
+            f"no command given; it is one of {', '.join(COMMANDS)}",
+        ),
         (["evaluation"], "did you mean evaluate?"),
-        (["xyz"], "it is one of train, evaluate, score, compare, submission, report, demo"),
+        (["xyz"], "it is one of train, evaluate, score, compare, submission, report, export, import, parity, demo"),
         (["--workdir=x"], "unknown command '--workdir=x'"),
     ],
 )

@@ -88,6 +88,7 @@ def make_checkout(tmp_path: Path) -> Path:
         "requirements.lock",
         "requirements-dev.txt",
         "requirements-dev.lock",
+        "requirements-transformers4.txt",
         "pyproject.toml",
     ):
         shutil.copy(ROOT / name, root)
@@ -184,6 +185,27 @@ def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_parity_follows_the_demo(checkout):
+    """With --parity: the demo, then the comparison, by a torch that is installed where it is missing."""
+    environment = {key: value for key, value in os.environ.items() if key != "VLKD_VENV"}
+    environment["PATH"] = f"{checkout.parent}/bin:{os.environ['PATH']}"
+    for installed in (True, False):
+        if not installed:
+            python = checkout / ".venv" / "bin" / "python"
+            python.write_text(
+                python.read_text().replace('case "$1 $2" in', 'case "$1 $2" in\n  "-c import torch") exit 1 ;;')
+            )
+        result = run([checkout / "launch" / "demo.sh", "--parity", "--workdir=out"], env=environment, cwd=checkout)
+        assert result.returncode == 0 and result.stderr == ""
+        made = calls(checkout)
+        assert [line.split(" -m vlkd_jax ")[1].split(" --setup")[0] for line in made[-2:]] == [
+            f"demo --workdir={checkout}/out --seed=0",
+            f"parity {checkout}/out/export",
+        ]
+        torch = [line.split()[-1] for line in made if " pip install " in line and "torch==" in line]
+        assert torch == ([] if installed else [f"torch=={locked('requirements-dev.lock')['torch']}"])
+
+
 def calls(checkout: Path) -> list[str]:
     log = checkout.parent / "calls"
     lines = log.read_text().splitlines()
@@ -258,14 +280,16 @@ def test_no_suitable_python_is_one_plain_line(checkout):
 
 
 def test_the_package_imports_no_test_requirement():
-    """But types.py, which imports jaxtyping where it is there; tests/test_shape_annotations.py runs it without."""
+    """But types.py, which imports jaxtyping where it is there (tests/test_shape_annotations.py runs it without), the
+    model for torch users, and in its functions what compares it."""
     offenders = []
     for path in sorted((ROOT / "vlkd_jax").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             offenders += [(path.name, name) for name in names if name.split(".")[0] in REFERENCE_ONLY]
-    assert offenders == [("types.py", "jaxtyping")]
+    torch = {("modeling_vlkd.py", "torch"), ("parity.py", "torch")}
+    assert {(file, name.split(".")[0]) for file, name in offenders} == {("types.py", "jaxtyping")} | torch
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])

@@ -135,7 +135,7 @@ COMMANDS = {
                 required=True,
                 overrides="overrides a field of configs/suites.py, such as --config.shapes.questions=700",
             ),
-            Option("checkpoint", "DIR", "--workdir of the training run; without it --clip and --bart are evaluated"),
+            Option("checkpoint", "DIR", "--workdir of a training run, or an export; without it --clip and --bart"),
             Option("workdir", "OUT", "directory of the results", required=True),
             Option("clip", "DIR", "a Hugging Face CLIP; with --checkpoint: where the run's lies now, if it has moved"),
             Option("bart", "DIR", "a Hugging Face BART; likewise"),
@@ -198,6 +198,63 @@ COMMANDS = {
         options=(Option("out", "OUT", "--workdir of vlkd evaluate", kind="argument", required=True),),
         example="runs/mine_eval",
         needs_device=False,
+    ),
+    "export": Command(
+        module="vlkd_jax.hf.export",
+        summary="a trained student as Hugging Face directories",
+        description="Writes the newest checkpoint of a training run as Hugging Face directories: HF holds the whole "
+        "student for PyTorch, with its code, processor, tokenizers and a model card; HF/bart a stock BART. Needs no "
+        "torch.",
+        options=(
+            Option("checkpoint", "DIR", "--workdir of the training run", required=True),
+            Option("output", "HF", "directory to write; must be new or empty", required=True),
+            Option(
+                "dtype",
+                "DTYPE",
+                "of the weights",
+                kind="choice",
+                default="float32",
+                choices=("float32", "bfloat16", "float16"),
+            ),
+            Option("evaluation", "FILE", "metrics.json of vlkd evaluate, whose figures go into the model card"),
+            Option("clip", "DIR", "where the CLIP of the run's start lies now, if it has moved"),
+            Option("bart", "DIR", "likewise the BART"),
+        ),
+        example="--checkpoint=runs/mine --output=exports/mine --evaluation=runs/mine_eval/metrics.json",
+    ),
+    "import": Command(
+        module="vlkd_jax.hf.import_",
+        summary="an export back as a run that vlkd evaluate reads",
+        description="Gives the Flax side of an export back, bit for bit: DIR is a run's directory with a checkpoint "
+        "and, in parents/, its CLIP and BART.",
+        options=(
+            Option("export", "HF", "directory that vlkd export wrote", kind="argument", required=True),
+            Option("output", "DIR", "directory to write; must be new or empty", required=True),
+        ),
+        example="exports/mine --output=runs/again",
+    ),
+    "convert": Command(
+        module="vlkd_jax.hf.convert",
+        summary="pickled PyTorch weights as safetensors, once",
+        description="Writes model.safetensors from the *.bin, *.pt or *.pth of a Hugging Face directory. PyTorch's "
+        "weights-only reader takes tensors from a pickle and runs nothing. Needs torch.",
+        options=(
+            Option("source", "DIR", "directory with pickled weights", kind="argument", required=True),
+            Option("output", "DIR", "directory to write; default: the same"),
+        ),
+        example="models/clip",
+    ),
+    "parity": Command(
+        module="vlkd_jax.hf.parity",
+        summary="an export in PyTorch against JAX, number by number",
+        description="Compares an export in PyTorch with the same files in JAX: tensors, parts, losses, and the texts "
+        "of 100 prompts, greedy and beam 5, padded and not. Writes HF/parity.json and the model card's part. Needs "
+        "torch.",
+        options=(
+            Option("export", "HF", "directory that vlkd export wrote", kind="argument", required=True),
+            JSON,
+        ),
+        example="exports/mine",
     ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",

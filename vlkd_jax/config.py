@@ -11,7 +11,8 @@ from vlkd_jax.errors import UserError
 
 BUILTIN = "builtin:"
 """What the name of a shipped model begins with, such as `builtin:shapes/clip`."""
-
+HUB = "hf:"
+"""What the name of a model on the hub begins with, such as `hf:facebook/bart-base`."""
 
 CONFIG_VERSION = 2
 """Of the fields in `configs/base.py`, raised when one gets another name or meaning; 2: loss.text is loss.denoise."""
@@ -52,11 +53,15 @@ def _meant(name: str, known: dict[str, Path], argument: str) -> str:
 
 
 def model_directory(name: str) -> Path:
-    """The Hugging Face directory that `config.clip` or `config.bart` means: `builtin:shapes/clip`, or a path.
+    """The Hugging Face directory that `config.clip` or `config.bart` means: `builtin:shapes/clip`, `hf:...`, or a path.
 
     Raises:
-      UserError: no shipped model of that name; a path is not looked at.
+      UserError: no shipped model of that name, none on the hub (see `hf.hub`); a path is not looked at.
     """
+    if name.startswith(HUB):
+        from vlkd_jax.hf.hub import snapshot
+
+        return snapshot(name)
     if not name.startswith(BUILTIN):
         return Path(name)
     shapes = Path(str(files("vlkd_jax.shapes"))) / "models"

@@ -33,6 +33,7 @@ from vlkd_jax.evals.runner import run_suite
 from vlkd_jax.evals.suite import Item, check_prompts
 from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.evals.vqa_files import version_of
+from vlkd_jax.hf.student import is_student
 from vlkd_jax.manifest import file_sha256
 from vlkd_jax.metrics import peak_memory, say
 from vlkd_jax.sharding import make_mesh
@@ -218,12 +219,16 @@ def main() -> None:
     if not checkpoint and not all(pair.values()):
         raise UserError("give --checkpoint=DIR, or --clip=DIR and --bart=DIR for a student before distillation")
     check_suites(suites)
-    seed = run_config(checkpoint).seed if checkpoint else 0
+    exported = bool(checkpoint) and is_student(checkpoint)
+    seed = run_config(checkpoint).seed if checkpoint and not exported else 0
     items, results = read_items(suites), {}
     workdir, mesh = locate(flags.FLAGS.workdir), make_mesh(suites.mesh)
     processes.on_first(lambda: os.fspath(make_directory(workdir)))
-    model = VLKD.from_run(checkpoint, **pair, mesh=mesh) if checkpoint else VLKD.from_pair(**pair, mesh=mesh)
-    wants_start = checkpoint and any(suites[name].get("baselines") for name in suites.suites)
+    if exported:
+        model = VLKD.from_export(checkpoint, mesh)
+    else:
+        model = VLKD.from_run(checkpoint, **pair, mesh=mesh) if checkpoint else VLKD.from_pair(**pair, mesh=mesh)
+    wants_start = checkpoint and not exported and any(suites[name].get("baselines") for name in suites.suites)
     start = VLKD.from_run(checkpoint, at_start=True, **pair, mesh=mesh) if wants_start else None
     about = {"checkpoint": model.identity, **circumstances(seed), "dtype": np.dtype(model.bart.dtype).name}
     about |= {"batch_size": suites.batch_size, "tower": suites.tower, "mesh": dict(mesh.shape)}

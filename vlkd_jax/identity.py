@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlkd_jax import processes
-from vlkd_jax.config import BUILTIN, model_directory
+from vlkd_jax.config import BUILTIN, HUB, model_directory
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import files_read
+from vlkd_jax.hf.hub import pinned
+from vlkd_jax.hf.load import CONFIG, files_read
 from vlkd_jax.manifest import file_sha256
-from vlkd_jax.storage import locate, write_atomic
+from vlkd_jax.metrics import say
+from vlkd_jax.storage import is_remote, locate, unusable, write_atomic
 
 INPUTS_FILE = "inputs.json"
 TEXTS_OF_THE_RUN = ("", "captions", "shapes_texts")
@@ -30,6 +33,12 @@ FIELDS = ("clip", "bart", "data.captions", "data.replay")
 MODELS = ("clip", "bart")
 """Those of `FIELDS` that a trained student needs."""
 
+PARENTS = "parents"
+"""The folder of a run's own copies of the models it started from, clip/ and bart/."""
+KEEP = ("auto", "yes", "no")
+KEPT_BYTES = 2 * 2**30
+"""What `config.keep_teacher=auto` copies at most, both models together."""
+
 Hashes = dict[str, dict[str, str]]
 """{field of the config: {file name: sha256}}."""
 
@@ -37,12 +46,16 @@ Hashes = dict[str, dict[str, str]]
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     """A copy whose paths mean the same from any directory, each in one spelling: no `..`, no slash at the end, no link.
 
+    Models of the hub get the commit that they are now. Raises UserError when that cannot be told.
+
     Only the last name may be a link: its ending, such as `.tsv`, says how a file is read.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for field in MODELS:
-            if not config[field].startswith(BUILTIN):
+            if config[field].startswith(HUB):
+                config[field] = processes.on_first(lambda name=config[field]: pinned(name))
+            elif not config[field].startswith(BUILTIN):
                 config[field] = _absolute(config[field])
         for field in ("captions", "images"):
             config.data[field] = _absolute(config.data[field])
@@ -72,6 +85,11 @@ def hash_inputs(config: ConfigDict, fields: Sequence[str] = FIELDS) -> Hashes:
     return processes.on_first(lambda: _hash_inputs(config, fields))
 
 
+def hash_directory(directory: Path) -> dict[str, str]:
+    """The sha256 of each file that a model in this directory is read from. Every process calls this."""
+    return processes.on_first(lambda: {name: file_sha256(directory / name) for name in files_read(directory)})
+
+
 def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
     files: dict[str, list[Path]] = {}
     for field in MODELS:
@@ -92,6 +110,53 @@ def record_inputs(workdir: str | os.PathLike[str], inputs: Hashes) -> None:
     """Keeps the hashes of what a run starts with in its workdir. Every process calls this, process 0 writes."""
     path, text = locate(workdir) / INPUTS_FILE, json.dumps(inputs, indent=1) + "\n"
     processes.on_first(lambda: write_atomic(path, text.encode()))
+
+
+def keep_models(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Copies the models a run starts from into its workdir, as `config.keep_teacher` says, but those of the package.
+
+    What is there already is left. Every process calls this, process 0 copies.
+
+    Raises:
+      UserError: `yes` for a workdir in an object store, from which no model is read; the copy cannot be written.
+    """
+    if config.keep_teacher == "no" or (is_remote(workdir) and config.keep_teacher == "auto"):
+        return
+    if is_remote(workdir):
+        raise UserError(f"config.keep_teacher is yes: models are not read from {workdir}; set it to no")
+    named = [name for name in MODELS if config[name] and not config[name].startswith(BUILTIN)]
+    given = {name: model_directory(config[name]) for name in named}
+    processes.on_first(lambda: _keep_models(Path(os.fspath(locate(workdir))) / PARENTS, given, config.keep_teacher))
+
+
+def _keep_models(parents: Path, given: dict[str, Path], keep: str) -> None:
+    size = sum((path / name).stat().st_size for path in given.values() for name in files_read(path))
+    if keep == "auto" and size > KEPT_BYTES:
+        say(
+            f"the models are {size / 2**30:.1f} GiB: not copied into the workdir, which needs them for evaluation and "
+            "export; --config.keep_teacher=yes copies them"
+        )
+        return
+    for name, source in given.items():
+        place = parents / name
+        if (place / CONFIG).is_file():
+            continue
+        aside = place.with_name(f"{name}.tmp-{os.getpid()}")
+        try:
+            aside.mkdir(parents=True)
+            for file in (*files_read(source), *(("README.md",) if (source / "README.md").is_file() else ())):
+                shutil.copyfile(source / file, aside / file)
+            aside.rename(place)
+        except OSError as error:
+            raise unusable(place, "--workdir", error) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def kept_model(workdir: str | os.PathLike[str], name: str) -> str:
+    """Where the run's own copy of a model lies, "clip" or "bart"; "": it has none."""
+    place = locate(workdir) / PARENTS / name
+    return os.fspath(place) if (place / CONFIG).is_file() else ""
 
 
 def read_inputs(workdir: str | os.PathLike[str]) -> Hashes:

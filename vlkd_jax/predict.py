@@ -84,12 +84,19 @@ def generate(
       UserError: a source, a context, or a prefix with its continuation is longer than the model's positions.
     """
     text = model.bart_text
-    options = {"vocab_size": text.vocab_size, "options": decoding}
+    for texts in generate_ids(model, requests, decoding, batch_size):
+        yield tuple(text.decode(row[row != text.pad]) for row in texts)
+
+
+def generate_ids(
+    model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int = BATCH_SIZE
+) -> Iterator[np.ndarray]:
+    """The token ids of `generate`'s texts, padded on the right [returns, max_new_tokens]. Raises UserError likewise."""
+    options = {"vocab_size": model.bart_text.vocab_size, "options": decoding}
     for rows, images, texts in _batches(model, requests, decoding.max_new_tokens, batch_size):
         inputs = _image_memory(model, images), *texts
         ids = _on_mesh(model, _generate, (model.bart, model.bart_params), inputs, **options)
-        for texts in np.asarray(ids)[: len(rows)]:
-            yield tuple(text.decode(row[row != text.pad]) for row in texts)
+        yield from np.asarray(ids)[: len(rows)]
 
 
 def rank(

@@ -34,10 +34,15 @@ RULES: tuple[tuple[str, P], ...] = (
     # a vocabulary has seldom a divisor worth the name: tables are split along their width, as the maps into a width are
     (
         r"(.*/)?((shared|token_embedding|position_embedding|embed_positions)/embedding"
-        r"|(patch_embedding|(visual|text|image|sentence)_projection)/kernel)",
+        r"|(patch_embedding|(visual|text|image|sentence)_projection"
+        r"|layer\d_\d+/(conv\d|downsample_conv)|attention_pool/attention/\w+_proj)/kernel)",
         P(None, ("fsdp", "model")),
     ),
-    (r"(.*/)?(layernorm_embedding|pre_layrnorm|post_layernorm|final_layer_norm)/(scale|bias)", P()),
+    (
+        r"(.*/)?((layernorm_embedding|pre_layrnorm|post_layernorm|final_layer_norm)/(scale|bias)"
+        r"|(bn\d|downsample_bn)/(scale|bias|mean|var)|vision_model/conv\d/kernel|attention_pool/attention/\w+_proj/bias)",
+        P(),
+    ),
     (r"(.*/)?(class_embedding|final_logits_bias|logit_scale|image_whitening/(mean|matrix))", P()),
     (r"(.*/)?(count|step|skipped|skipped_in_row)", P()),
 )

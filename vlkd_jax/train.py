@@ -32,7 +32,15 @@ from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import text_lengths, train_sources, train_stream
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
-from vlkd_jax.identity import Hashes, check_inputs, hash_inputs, record_inputs, with_absolute_paths
+from vlkd_jax.identity import (
+    KEEP,
+    Hashes,
+    check_inputs,
+    hash_inputs,
+    keep_models,
+    record_inputs,
+    with_absolute_paths,
+)
 from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.step import make_train_step
@@ -43,7 +51,8 @@ from vlkd_jax.types import Batch, Params, TrainState
 from vlkd_jax.workdir import claim, flatten
 
 MAY_CHANGE = (
-    *("steps", "log_every", "save_every", "keep", "mesh", "watchdog_seconds", "data.threads", "data.max_unusable"),
+    *("steps", "log_every", "save_every", "keep", "keep_teacher", "mesh", "watchdog_seconds"),
+    *("data.threads", "data.max_unusable"),
     *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
@@ -100,6 +109,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             abstract = abstract_state(task, optimizer, mesh)
             frozen = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))
             sharding.check_rules([abstract.parts(), frozen])
+            keep_models(directory, config)
             if checkpoints.latest() is None:
                 record_inputs(directory, inputs)
                 params = task.load_params(sharding.shardings(task.abstract()[0], mesh))
@@ -139,6 +149,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError("config.early_stop.metric needs evaluations; set config.eval.every to a number of steps")
     if config.optim.schedule not in ("constant", "linear", "cosine"):
         raise UserError(f"config.optim.schedule is {config.optim.schedule!r}; it is one of constant, linear, cosine")
+    if config.keep_teacher not in KEEP:
+        raise UserError(f"config.keep_teacher is {config.keep_teacher!r}; it is one of {', '.join(KEEP)}")
 
 
 def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

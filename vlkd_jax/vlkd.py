@@ -25,11 +25,21 @@ from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.errors import UserError
-from vlkd_jax.identity import MODELS, check_inputs, hash_inputs, read_inputs
+from vlkd_jax.hf.names import parameter_shapes
+from vlkd_jax.hf.student import CLIP_TOKENIZER, load_student, read_student_config
+from vlkd_jax.identity import (
+    MODELS,
+    check_inputs,
+    hash_directory,
+    hash_inputs,
+    kept_model,
+    read_inputs,
+    with_absolute_paths,
+)
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
-from vlkd_jax.models.configs import BartConfig, ClipConfig
-from vlkd_jax.models.vlkd import Student
+from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
+from vlkd_jax.models.vlkd import Student, StudentConfig
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
@@ -56,6 +66,7 @@ class VLKD:
       configs: "bart" and "clip", as their directories have them.
       mesh: the devices that hold the parameters; batches are spread over them.
       image_tokens: which of the teacher's image tokens the student reads.
+      config: what an export says of the student; None where there is only a BART.
       identity: where it comes from: {"directory", "step", "sha256" of the checkpoint, "inputs": sha256 of the files it
         began with, "preprocessing_sha256" of how pictures become pixels}.
     """
@@ -71,6 +82,7 @@ class VLKD:
     clip_params: Params | None = None
     clip_text: ClipText | None = None
     image_tokens: str = "projected"
+    config: StudentConfig | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -87,8 +99,7 @@ class VLKD:
         common["identity"] = dict(identity or {})
         if task.teacher is None:
             return cls(bart_params=params, **common)
-        preprocessing = json.dumps(task.teacher.config.preprocessing.to_hf(), sort_keys=True)
-        common["identity"]["preprocessing_sha256"] = hashlib.sha256(preprocessing.encode()).hexdigest()
+        common["identity"]["preprocessing_sha256"] = _sha256_of(task.teacher.config.preprocessing)
         return cls(
             bart_params=params["bart"],
             student=task.module,
@@ -97,6 +108,7 @@ class VLKD:
             clip_params=frozen["clip"],
             clip_text=task.encoder.clip_text,
             image_tokens=task.image_tokens,
+            config=task.student,
             **common,
         )
 
@@ -145,11 +157,42 @@ class VLKD:
           UserError: a directory that cannot be read.
         """
         mesh = one_device() if mesh is None else mesh
-        config = ConfigDict(with_defaults({"clip": os.fspath(clip), "bart": os.fspath(bart), "seed": seed}))
+        given = {"clip": os.fspath(clip), "bart": os.fspath(bart), "seed": seed}
+        config = with_absolute_paths(ConfigDict(with_defaults(given)))
         task = make_task(config)
         layout, frozen_layout = (sharding.shardings(part, mesh) for part in task.abstract())
         identity = {"clip": config.clip, "bart": config.bart, "seed": seed, "inputs": hash_inputs(config, MODELS)}
         return cls.of(task, task.load_params(layout), task.load_frozen(frozen_layout), mesh, identity)
+
+    @classmethod
+    def from_export(cls, directory: str | Path, mesh: Mesh | None = None) -> VLKD:
+        """The student that `vlkd export` wrote. Raises UserError when a file cannot be used."""
+        mesh, directory = one_device() if mesh is None else mesh, Path(directory)
+        config = read_student_config(directory)
+        bart_text, clip_text = BartText(directory), ClipText(directory / CLIP_TOKENIZER)
+        shapes = parameter_shapes(config)
+        layout = {name: sharding.shardings(shapes[name], mesh) for name in shapes}
+        params = load_student(directory, layout)[1]
+        student = config.module()
+        return cls(
+            bart=Bart(student.config),
+            bart_params=params["student"]["bart"],
+            bart_text=bart_text,
+            configs={"bart": config.bart, "clip": config.clip},
+            mesh=mesh,
+            student=student,
+            params=params["student"],
+            teacher=Clip(config.clip),
+            clip_params=params["clip"],
+            clip_text=clip_text,
+            image_tokens=config.image_tokens,
+            config=config,
+            identity={
+                "directory": os.fspath(directory.absolute()),
+                "inputs": {"export": hash_directory(directory)},
+                "preprocessing_sha256": _sha256_of(config.clip.preprocessing),
+            },
+        )
 
     def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
         """Zero-shot answers, one for each picture and its question.
@@ -186,6 +229,10 @@ class VLKD:
         return predict.embed_texts(self, texts)
 
 
+def _sha256_of(preprocessing: Preprocessing) -> str:
+    return hashlib.sha256(json.dumps(preprocessing.to_hf(), sort_keys=True).encode()).hexdigest()
+
+
 def open_picture(picture: Picture) -> Image.Image | np.ndarray:
     """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read."""
     if isinstance(picture, Image.Image):
@@ -217,7 +264,8 @@ def load_run(
       UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
     """
     config = run_config(directory)
-    config.update({name: str(place) for name, place in (("clip", clip), ("bart", bart)) if place})
+    for name, given in (("clip", clip), ("bart", bart)):
+        config[name] = str(given or kept_model(directory, name) or config[name])
     check_inputs(directory, config, hash_inputs(config, MODELS), MODELS)
     task = make_task(config)
     params = sharding.laid_out(task.abstract()[0], one_device() if mesh is None else mesh)

@@ -23,6 +23,7 @@ class BartText:
     def __init__(self, directory: str | Path):
         from transformers import BartTokenizer
 
+        self.directory = Path(directory)
         self._tokenizer = _load(BartTokenizer, directory)
         names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "mask": "<mask>"}
         ids = {k: self._tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
@@ -73,6 +74,7 @@ class ClipText:
     def __init__(self, directory: str | Path):
         from transformers import CLIPTokenizer
 
+        self.directory = Path(directory)
         self._tokenizer = _load(CLIPTokenizer, directory)
         self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id

@@ -1,12 +1,14 @@
 """Read CLIP and BART directories in Hugging Face format: every tensor used, none missing, all shapes right."""
 
+import collections
 import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shlex
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +29,8 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 ADAPTER = "adapter_config.json"
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and torch's data parallelism put before every name."""
@@ -38,6 +42,19 @@ BART_VERSIONS = ("model.encoder.version", "model.decoder.version")
 BART_TIED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
 BART_EMBEDDING = "model.shared.weight"
 CLIP_POSITION_IDS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+OPEN_CLIP_NAMES = (
+    (r"visual\.(.*)", r"vision_model.\1"),
+    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
+    (r"positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"text_model.encoder.layers.\1.self_attn.out_proj.\2"),
+    (r"transformer\.resblocks\.(\d+)\.ln_(\d)\.(\w+)", r"text_model.encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"text_model.encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"text_model.encoder.layers.\1.mlp.fc2.\2"),
+    (r"ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
+)
+"""Names that OpenAI gave CLIP's tensors, and OpenCLIP kept, as regular expressions -> Hugging Face's."""
+OPEN_CLIP_UNREAD = {"num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size"}
+"""Last parts of names in such files that are no parameters."""
 BLOCK = 4096
 """Rows of a table that are compared at a time with those of a copy."""
 Bounds = tuple[tuple[int, int], ...]
@@ -48,20 +65,24 @@ def read_clip_config(directory: str | pathlib.Path) -> ClipConfig:
     """The configuration of a `CLIPModel` directory; no weights are read.
 
     Its preprocessing is that of processor_config.json, or else of preprocessor_config.json, as transformers chooses;
-    where there is neither, OpenAI's. Raises UserError when a file cannot be used.
+    where there is neither, OpenAI's. A CLIP with a residual network is read as OpenCLIP keeps it, from `OPEN_CLIP`.
+    Raises UserError when a file cannot be used.
     """
     directory = _directory(directory)
-    config = ClipConfig.from_hf(_read_json(directory / CONFIG), str(directory / CONFIG))
-    return dataclasses.replace(config, preprocessing=_read_preprocessing(directory, config.vision.image_size))
+    if is_open_clip(directory):
+        return ClipConfig.from_open_clip(read_json(directory / OPEN_CLIP), str(directory / OPEN_CLIP))
+    config = ClipConfig.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))
+    return dataclasses.replace(config, preprocessing=read_preprocessing(directory, config.vision.image_size))
 
 
-def _read_preprocessing(directory: pathlib.Path, image_size: int) -> Preprocessing | None:
+def read_preprocessing(directory: pathlib.Path, image_size: int) -> Preprocessing | None:
+    """What a directory says of it; None: nothing. Raises UserError when a file cannot be used."""
     path = directory / PROCESSOR
-    whole = _read_json(path) if path.is_file() else None
+    whole = read_json(path) if path.is_file() else None
     if isinstance(whole, dict) and whole.get("image_processor") is not None:
         return Preprocessing.from_hf(whole["image_processor"], image_size, str(path), "image_processor.")
     path = directory / PREPROCESSOR
-    return Preprocessing.from_hf(_read_json(path), image_size, str(path)) if path.is_file() else None
+    return Preprocessing.from_hf(read_json(path), image_size, str(path)) if path.is_file() else None
 
 
 def read_bart_config(directory: str | pathlib.Path) -> BartConfig:
@@ -71,10 +92,10 @@ def read_bart_config(directory: str | pathlib.Path) -> BartConfig:
     file cannot be used.
     """
     directory = _directory(directory)
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     config = BartConfig.from_hf(values, str(directory / CONFIG))
     if (directory / GENERATION).is_file():
-        generation = _read_json(directory / GENERATION)
+        generation = read_json(directory / GENERATION)
         pins = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
         chosen = {name: generation[name] for name in pins if generation.get(name) is not None}
         config = BartConfig.from_hf({**values, **chosen}, str(directory / GENERATION))
@@ -94,6 +115,8 @@ def load_clip(directory: str | pathlib.Path, shardings: Any = None) -> tuple[Cli
     """
     directory, config = _directory(directory), read_clip_config(directory)
     tensors = _Tensors(directory)
+    if is_open_clip(directory):
+        tensors.name_as_hugging_face()
     complaints = []
     for name in CLIP_POSITION_IDS:
         if name in tensors and not _counts_up(tensors.read(name)):
@@ -124,10 +147,19 @@ def load_bart(directory: str | pathlib.Path, shardings: Any = None) -> tuple[Bar
     return config, _assemble(config, tensors, shardings, complaints, {"final_logits_bias": np.float32(0)})
 
 
+def is_open_clip(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a CLIP as OpenCLIP keeps it and not, beside that, as Hugging Face does."""
+    if not (directory / OPEN_CLIP).is_file():
+        return False
+    other = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    return not isinstance(other, dict) or other.get("model_type") != "clip"
+
+
 def files_read(directory: pathlib.Path) -> list[str]:
     """Names of the files that a model, its tokenizer and its preprocessing are read from, those that are there."""
     names_read = (CONFIG, GENERATION, *_weight_files(directory), *TOKENIZER_FILES, PREPROCESSOR, PROCESSOR)
     names_read += () if (directory / WEIGHTS).is_file() else (INDEX,)
+    names_read += (OPEN_CLIP,) if is_open_clip(directory) else ()
     return [name for name in names_read if (directory / name).is_file()]
 
 
@@ -164,7 +196,8 @@ def _merge_first(place: pathlib.Path) -> str:
     )
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file's value. Raises UserError when it is missing or not JSON."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a directory in Hugging Face format (config.json, {WEIGHTS})")
     try:
@@ -173,39 +206,77 @@ def _read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error}); restore the original file") from error
 
 
+class _Stored(NamedTuple):
+    """Where a tensor is: a file, its name there, of which rows (None: all), and whether the file has it transposed."""
+
+    file: str
+    name: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
 class _Tensors:
     """The tensors of a directory by name, read part by part."""
 
     def __init__(self, directory: pathlib.Path, canonical: Callable[[str], str] = str):
         self.directory = directory
         self.opened = {file: _open(directory / file) for file in _weight_files(directory)}
-        self.files: dict[str, tuple[str, str]] = {}  # name -> (file, name in the file)
+        self.files: dict[str, _Stored] = {}
         wrapper = _wrapper(directory, [name for handle in self.opened.values() for name in handle.keys()])  # noqa: SIM118
         for file, handle in self.opened.items():
             for stored in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
                 name = canonical(stored.removeprefix(wrapper))
                 if name in self.files:
-                    other = "/".join(self.files[name])
+                    other = "/".join(self.files[name][:2])
                     raise UserError(f"{directory / file}: {stored} is the same tensor as {other}; keep one of the two")
-                self.files[name] = (file, stored)
+                self.files[name] = _Stored(file, stored)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def header(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype as safetensors writes it, shape), from the header alone."""
-        file, stored = self.files[name]
-        header = self.opened[file].get_slice(stored)
-        return header.get_dtype(), tuple(header.get_shape())
+        stored = self.files[name]
+        header = self.opened[stored.file].get_slice(stored.name)
+        shape = tuple(header.get_shape())
+        shape = shape[::-1] if stored.transposed else shape
+        if stored.rows:
+            shape = (stored.rows[1] - stored.rows[0], *shape[1:])
+        return header.get_dtype(), shape
 
     def read(self, name: str, index: names.Index = ()) -> np.ndarray:
         """The part of a tensor that `index` (slices with both ends, of its first axes) says; nothing else is read."""
-        file, stored = self.files[name]
+        stored = self.files[name]
+        if stored.rows:
+            first, *others = index or (slice(0, stored.rows[1] - stored.rows[0]),)
+            index = (slice(stored.rows[0] + first.start, stored.rows[0] + first.stop), *others)
         try:
-            return self.opened[file].get_slice(stored)[index]
+            tensor = self.opened[stored.file].get_slice(stored.name)
+            if not stored.transposed:
+                return tensor[index]
+            whole = tuple(slice(0, size) for size in reversed(tensor.get_shape()))
+            return tensor[(*index, *whole[len(index) :])[::-1]].T
         except (safetensors.SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
             # numpy knows bfloat16 through jax, but no name for the format's rarer types
-            raise UserError(f"{self.directory / file}: {stored} cannot be read ({error}); copy it again") from error
+            place = self.directory / stored.file
+            raise UserError(f"{place}: {stored.name} cannot be read ({error}); copy it again") from error
+
+    def name_as_hugging_face(self) -> None:
+        """Gives the tensors of an OpenCLIP file the names that Hugging Face's have; none is copied or dropped."""
+        for name in list(self.files):
+            if name.split(".")[-1] in OPEN_CLIP_UNREAD:
+                self.discard(name)
+            elif fused := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name):
+                width = self.header(name)[1][0] // 3
+                stored = self.files.pop(name)
+                for k, part in enumerate("qkv"):
+                    new = f"text_model.encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
+                    self.files[new] = stored._replace(rows=(k * width, (k + 1) * width))
+            elif name == "text_projection":
+                self.files["text_projection.weight"] = self.files.pop(name)._replace(transposed=True)
+            else:
+                new = next((re.sub(old, new, name) for old, new in OPEN_CLIP_NAMES if re.fullmatch(old, name)), name)
+                self.rename(name, new)
 
     def discard(self, name: str):
         self.files.pop(name, None)
@@ -230,18 +301,36 @@ def _wrapper(directory: pathlib.Path, stored: list[str]) -> str:
 
 def _open(path: pathlib.Path) -> Any:
     try:
-        return safetensors.safe_open(path, framework="numpy")
+        opened = safetensors.safe_open(path, framework="numpy")
+        _check_names(path)
+        return opened
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, though {INDEX} names it; copy it again") from error
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
 
 
+def _check_names(path: pathlib.Path) -> None:
+    """Raises UserError for a header in which a name stands twice: readers differ in which of the two they take."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))  # safetensors has found its length to be true
+
+    def check(pairs: list[tuple[str, Any]]) -> dict:
+        twice = {name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1}
+        if twice:
+            raise UserError(f"{path}: {few(sorted(twice))} stands twice in its header; get the original file")
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=check)
+
+
 def _weight_files(directory: pathlib.Path) -> list[str]:
+    if is_open_clip(directory) and (directory / OPEN_CLIP_WEIGHTS).is_file():
+        return [OPEN_CLIP_WEIGHTS]
     if (directory / WEIGHTS).is_file():
         return [WEIGHTS]
     if (directory / INDEX).is_file():
-        index = _read_json(directory / INDEX)
+        index = read_json(directory / INDEX)
         shards = index.get("weight_map") if isinstance(index, dict) else None
         valid = isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())
         if not valid or not shards:
@@ -254,24 +343,21 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
     raise UserError(_no_weights(directory))
 
 
+def pickled_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """A directory's files of pickled weights, of one kind."""
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        if files := sorted(path for path in directory.glob(pattern) if path.name not in TRAINER_FILES):
+            return files
+    return []
+
+
 def _no_weights(directory: pathlib.Path) -> str:
     """Why there is nothing to read, with the command that converts what is there."""
     if (directory / ADAPTER).is_file() and not any(directory.glob("pytorch_model*")):
         return _merge_first(directory / ADAPTER)
-    for pattern in ("*.bin", "*.pt", "*.pth"):
-        files = sorted(path.name for path in directory.glob(pattern) if path.name not in TRAINER_FILES)
-        if files:
-            script = (
-                "import torch; from safetensors.torch import save_file; "
-                f"paths = {[str(directory / file) for file in files]!r}; "
-                "tensors = {k: v.clone().contiguous() for p in paths "
-                "for k, v in torch.load(p, map_location='cpu', weights_only=True).items()}; "
-                f"save_file(tensors, {str(directory / WEIGHTS)!r}, metadata={{'format': 'pt'}})"
-            )
-            return (
-                f"{directory / files[0]}: pickled weights are not read; convert them once with: "
-                f"python -c {shlex.quote(script)}"
-            )
+    if files := pickled_files(directory):
+        command = f"vlkd convert {shlex.quote(str(directory))}"
+        return f"{files[0]}: pickled weights are not read; convert them once with: {command}"
     for file in ("flax_model.msgpack", "tf_model.h5"):
         if (directory / file).is_file():
             origin = "from_flax" if file.endswith("msgpack") else "from_tf"
@@ -324,7 +410,7 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
     if missing:
         yield "missing: " + few(missing)
     if unused:
-        yield "unused: " + few([tensors.files[name][1] for name in unused])
+        yield "unused: " + few([tensors.files[name].name for name in unused])
     unfit = []
     for name, shape in wanted.items():
         if name in tensors:
@@ -335,6 +421,11 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
                 unfit.append(f"{name} holds {dtype}, not floating-point numbers")
     if unfit:
         yield few(unfit, "; ")
+
+
+def assemble(config: names.ModelConfig, directory: pathlib.Path, shardings: Any) -> dict:
+    """The parameters of a directory whose tensors are all in the name table. Raises UserError as `load_clip` does."""
+    return _assemble(config, _Tensors(_directory(directory)), shardings, [])
 
 
 def _assemble(config, tensors: _Tensors, shardings: Any, complaints: list[str], defaults: dict | None = None) -> dict:

@@ -12,8 +12,10 @@ import numpy as np
 from vlkd_jax.errors import few
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
-from vlkd_jax.models.configs import BartConfig, ClipConfig
+from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipResNetConfig, ClipVisionConfig
+from vlkd_jax.models.vlkd import StudentConfig
 
+ModelConfig = ClipConfig | BartConfig | StudentConfig
 Path = tuple[str, ...]
 Index = tuple[slice, ...]
 """A slice of each axis."""
@@ -44,10 +46,21 @@ class Transform(NamedTuple):
     reads: Callable[[Index], tuple[Index, Index]]
 
 
+def _convolution(size: int) -> Transform:
+    """A convolution [D, C, size, size] as a matrix [size * size * C, D], its rows as those of a patch."""
+
+    def to_hf(kernel: np.ndarray) -> np.ndarray:
+        return kernel.reshape(size, size, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
+
+    return Transform(_patches_to_flax, to_hf, lambda index: (index[1:], index[:1]))
+
+
 TRANSFORMS = {
     "same": Transform(lambda x: x, lambda x: x, lambda index: (index, ())),
     "transpose": Transform(lambda x: x.T, lambda x: x.T, lambda index: (index[::-1], ())),
     "patches": Transform(_patches_to_flax, _patches_to_hf, lambda index: (index[1:], index[:1])),
+    "convolution1": _convolution(1),
+    "convolution3": _convolution(3),
 }
 
 
@@ -96,24 +109,61 @@ def _layers(hf: str, path: Path, layers: int, attentions: list[str], linears: li
 
 
 def clip_rows(config: ClipConfig) -> list[Row]:
-    """Every parameter of `CLIPModel`."""
-    vision, text = "vision_model", "text_model"
-    parts = {"attentions": ["self_attn"], "linears": ["mlp.fc1", "mlp.fc2"], "norms": ["layer_norm1", "layer_norm2"]}
+    """Every parameter of `CLIPModel`; with a residual network, under the names that its authors gave it."""
+    text = "text_model"
     return [
         Row("logit_scale", ("logit_scale",)),
-        *_linear("visual_projection", ("visual_projection",), bias=False),
+        *(_resnet_rows if isinstance(config.vision, ClipResNetConfig) else _vision_rows)(config.vision),
         *_linear("text_projection", ("text_projection",), bias=False),
+        *_embedding(f"{text}.embeddings.token_embedding", (text, "token_embedding")),
+        *_embedding(f"{text}.embeddings.position_embedding", (text, "position_embedding")),
+        *_layers(f"{text}.encoder.layers", (text, "layers"), config.text.num_hidden_layers, **CLIP_LAYER),
+        *_norm(f"{text}.final_layer_norm", (text, "final_layer_norm")),
+    ]
+
+
+CLIP_LAYER = {"attentions": ["self_attn"], "linears": ["mlp.fc1", "mlp.fc2"], "norms": ["layer_norm1", "layer_norm2"]}
+
+
+def _vision_rows(config: ClipVisionConfig) -> list[Row]:
+    vision = "vision_model"
+    return [
+        *_linear("visual_projection", ("visual_projection",), bias=False),
         Row(f"{vision}.embeddings.class_embedding", (vision, "class_embedding")),
         Row(f"{vision}.embeddings.patch_embedding.weight", (vision, "patch_embedding", "kernel"), "patches"),
         *_embedding(f"{vision}.embeddings.position_embedding", (vision, "position_embedding")),
         *_norm(f"{vision}.pre_layrnorm", (vision, "pre_layrnorm")),
-        *_layers(f"{vision}.encoder.layers", (vision, "layers"), config.vision.num_hidden_layers, **parts),
+        *_layers(f"{vision}.encoder.layers", (vision, "layers"), config.num_hidden_layers, **CLIP_LAYER),
         *_norm(f"{vision}.post_layernorm", (vision, "post_layernorm")),
-        *_embedding(f"{text}.embeddings.token_embedding", (text, "token_embedding")),
-        *_embedding(f"{text}.embeddings.position_embedding", (text, "position_embedding")),
-        *_layers(f"{text}.encoder.layers", (text, "layers"), config.text.num_hidden_layers, **parts),
-        *_norm(f"{text}.final_layer_norm", (text, "final_layer_norm")),
     ]
+
+
+def _resnet_rows(config: ClipResNetConfig) -> list[Row]:
+    vision = "vision_model"
+    pairs = [(f"conv{k}", f"bn{k}", (f"conv{k}",), (f"bn{k}",), 3) for k in (1, 2, 3)]
+    for stage, blocks in enumerate(config.layers, 1):
+        for block in range(blocks):
+            hf, path = f"layer{stage}.{block}", f"layer{stage}_{block}"
+            pairs += [
+                (f"{hf}.conv{k}", f"{hf}.bn{k}", (path, f"conv{k}"), (path, f"bn{k}"), 3 if k == 2 else 1)
+                for k in (1, 2, 3)
+            ]
+            if not block:  # where the channels change
+                down = f"{hf}.downsample"
+                pairs.append((f"{down}.0", f"{down}.1", (path, "downsample_conv"), (path, "downsample_bn"), 1))
+    rows = []
+    for convolution, norm, convolution_path, norm_path, size in pairs:
+        kernel = (vision, *convolution_path, "kernel")
+        rows.append(Row(f"{vision}.{convolution}.weight", kernel, f"convolution{size}"))
+        rows += _norm(f"{vision}.{norm}", (vision, *norm_path))
+        rows += [Row(f"{vision}.{norm}.running_{part}", (vision, *norm_path, part)) for part in ("mean", "var")]
+    pool = (vision, "attention_pool")
+    rows.append(Row(f"{vision}.attnpool.positional_embedding", (*pool, "position_embedding", "embedding")))
+    for part in ("q", "k", "v", "c"):
+        rows += _linear(
+            f"{vision}.attnpool.{part}_proj", (*pool, "attention", "out_proj" if part == "c" else f"{part}_proj")
+        )
+    return rows
 
 
 def bart_rows(config: BartConfig) -> list[Row]:
@@ -131,13 +181,34 @@ def bart_rows(config: BartConfig) -> list[Row]:
     return rows
 
 
-def rows_for(config: ClipConfig | BartConfig) -> list[Row]:
-    """The table for either model."""
-    return clip_rows(config) if isinstance(config, ClipConfig) else bart_rows(config)
+def student_rows(config: StudentConfig) -> list[Row]:
+    """Every parameter of an exported student: {"student": ..., "clip": ...}."""
+    rows = [_inside(row, "bart.", ("student", "bart")) for row in bart_rows(config.bart)]
+    rows += [_inside(row, "clip.", ("clip",)) for row in clip_rows(config.clip)]
+    for name in ("sentence_projection", "image_projection"):
+        rows += _linear(name, ("student", name), bias=False)
+    rows.append(Row("logit_scale", ("student", "logit_scale")))
+    if config.whiten:
+        rows += [Row(f"image_whitening.{part}", ("student", "image_whitening", part)) for part in ("mean", "matrix")]
+    return rows
 
 
-def parameter_shapes(config: ClipConfig | BartConfig) -> dict:
+def _inside(row: Row, prefix: str, path: Path) -> Row:
+    return dataclasses.replace(row, hf=prefix + row.hf, path=(*path, *row.path))
+
+
+def rows_for(config: ModelConfig) -> list[Row]:
+    """The table for a model."""
+    tables = {ClipConfig: clip_rows, BartConfig: bart_rows, StudentConfig: student_rows}
+    return tables[type(config)](config)
+
+
+def parameter_shapes(config: ModelConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves, float32; nothing is allocated."""
+    if isinstance(config, StudentConfig):
+        student = config.module()
+        shapes = jax.eval_shape(student.init, jax.random.key(0), *student.example_inputs())["params"]
+        return {"student": shapes, "clip": parameter_shapes(config.clip)}
     ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     if isinstance(config, ClipConfig):
         pixels = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))

@@ -6,11 +6,16 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import jax.numpy as jnp
+import numpy as np
 import safetensors.numpy
 
 from vlkd_jax.hf import names
 from vlkd_jax.hf.load import CONFIG, GENERATION, PREPROCESSOR, TOKENIZER_FILES, WEIGHTS
 from vlkd_jax.models.configs import BartConfig, ClipConfig
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
+"""Of written weights."""
 
 
 def save_clip(directory: str | pathlib.Path, config: ClipConfig, params: dict) -> None:
@@ -23,12 +28,21 @@ def save_clip(directory: str | pathlib.Path, config: ClipConfig, params: dict) -
     _save(pathlib.Path(directory), params, config, texts)
 
 
-def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict) -> None:
-    """As `save_clip`, a `BartForConditionalGeneration` directory, with generation_config.json beside it."""
+def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict, dtype: str = "float32") -> None:
+    """As `save_clip`, a `BartForConditionalGeneration` directory, with generation_config.json beside it.
+
+    Args:
+      dtype: of the weights, a key of `DTYPES`.
+    """
+    texts = {GENERATION: generation_values(config), CONFIG: config.to_hf() | {"dtype": dtype}}
+    _save(pathlib.Path(directory), params, config, texts, dtype)
+
+
+def generation_values(config: BartConfig) -> dict[str, int]:
+    """generation_config.json of a BART."""
     pins = ("bos", "pad", "eos", "decoder_start", "forced_bos", "forced_eos")
     generation = {f"{pin}_token_id": getattr(config, f"{pin}_token_id") for pin in pins}
-    generation = {name: value for name, value in generation.items() if value is not None}
-    _save(pathlib.Path(directory), params, config, {GENERATION: generation, CONFIG: config.to_hf()})
+    return {name: value for name, value in generation.items() if value is not None}
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
@@ -39,17 +53,34 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _save(directory: pathlib.Path, params: dict, config: ClipConfig | BartConfig, texts: dict[str, dict]) -> None:
+def _save(
+    directory: pathlib.Path,
+    params: dict,
+    config: ClipConfig | BartConfig,
+    texts: dict[str, dict],
+    dtype: str = "float32",
+) -> None:
     tensors = names.to_hf(names.rows_for(config), params)
+    tensors = {name: value.astype(DTYPES[dtype], copy=False) for name, value in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt"}  # transformers refuses a file that does not say so
-    _replace(directory / WEIGHTS, lambda path: safetensors.numpy.save_file(tensors, path, metadata=metadata))
+    write_tensors(directory / WEIGHTS, tensors)
     for name, values in texts.items():
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        _replace(directory / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_json(directory / name, values)
 
 
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, whole or not at all."""
+    metadata = {"format": "pt"}  # transformers refuses a file that does not say so
+    replace(path, lambda aside: safetensors.numpy.save_file(tensors, aside, metadata=metadata))
+
+
+def write_json(path: pathlib.Path, values: dict) -> None:
+    """One JSON file, whole or not at all."""
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Write through a temporary neighbour, so that `path` is either the old file or the whole new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

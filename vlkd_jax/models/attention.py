@@ -29,6 +29,9 @@ class Attention(nn.Module):
 
     Weights and their softmax are float32; projections run in `dtype`. A query that may read nothing attends evenly
     (finite, never NaN). Source: Vaswani et al. 2017, section 3.2.
+
+    Attributes:
+      out_width: of the result where it is not `width`.
     """
 
     width: int
@@ -37,12 +40,13 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
     in_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     out_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    out_width: int | None = None
 
     def setup(self) -> None:
         self.q_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
         self.k_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
         self.v_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.in_init)
-        self.out_proj = Dense(self.width, dtype=self.dtype, kernel_init=self.out_init)
+        self.out_proj = Dense(self.out_width or self.width, dtype=self.dtype, kernel_init=self.out_init)
         self.weight_dropout = nn.Dropout(self.dropout)
 
     def _heads(self, x: Float[ArrayLike, "B T D"]) -> Float[Array, "B T H K"]:
@@ -59,7 +63,7 @@ class Attention(nn.Module):
         kv: KeyValue,
         mask: Bool[ArrayLike, "#B #H #T #M"] | None,
         deterministic: bool = True,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T F"]:
         """x reads kv where mask, broadcast to [B, H, T, M], is True."""
         query = self._heads(self.q_proj(x)) * (self.width // self.num_heads) ** -0.5
         scores = jnp.einsum("bthk,bhmk->bhtm", query, kv.key, preferred_element_type=jnp.float32)
@@ -76,6 +80,6 @@ class Attention(nn.Module):
         memory: Float[ArrayLike, "B M D"],
         mask: Bool[ArrayLike, "#B #H #T #M"] | None,
         deterministic: bool = True,
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T F"]:
         """x reads memory under mask. Self-attention: memory is x."""
         return self.attend(x, self.keys_values(memory), mask, deterministic)

@@ -10,8 +10,9 @@ import numpy as np
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
-from vlkd_jax.models.configs import ClipConfig, ClipTextConfig, ClipVisionConfig, Preprocessing
+from vlkd_jax.models.configs import ClipConfig, ClipResNetConfig, ClipTextConfig, ClipVisionConfig, Preprocessing
 from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, embed_ids, l2_normalize, layer_norm, remat
+from vlkd_jax.models.resnet import ClipResNet
 from vlkd_jax.sharding import BATCH, constrain
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int, UInt8
 
@@ -196,14 +197,18 @@ class Clip(nn.Module):
     def setup(self) -> None:
         config, normal = self.config, nn.initializers.normal
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale_init_value), ())
-        self.vision_model = ClipVisionTower(config.vision, self.dtype, self.remat)
+        self.is_resnet = isinstance(config.vision, ClipResNetConfig)
+        if self.is_resnet:
+            self.vision_model = ClipResNet(config.vision, config.projection_dim, self.dtype)
+        else:
+            self.vision_model = ClipVisionTower(config.vision, self.dtype, self.remat)
+            self.visual_projection = Dense(
+                config.projection_dim,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=normal(config.vision.hidden_size**-0.5),
+            )
         self.text_model = ClipTextTower(config.text, self.dtype, self.remat)
-        self.visual_projection = Dense(
-            config.projection_dim,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=normal(config.vision.hidden_size**-0.5),
-        )
         self.text_projection = Dense(
             config.projection_dim, use_bias=False, dtype=self.dtype, kernel_init=normal(config.text.hidden_size**-0.5)
         )
@@ -213,6 +218,9 @@ class Clip(nn.Module):
 
         Raises UserError when the images are not `image_size` square.
         """
+        if self.is_resnet:  # its attention pooling is what projects; there is no layer before that of this width
+            states, tokens = self.vision_model(pixel_values)
+            return ClipImageOutput(states, states, tokens, l2_normalize(tokens[:, 0]))
         last, penultimate = self.vision_model(pixel_values)
         tokens = self.visual_projection(self.vision_model.post_layernorm(last))
         return ClipImageOutput(last, penultimate, tokens, l2_normalize(tokens[:, 0]))

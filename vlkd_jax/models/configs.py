@@ -37,6 +37,13 @@ CLIP_VISION_DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+OPEN_CLIP_TEXT_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+OPEN_CLIP_PIXELS_DEFAULTS = {
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
 BART_DEFAULTS = {
     "vocab_size": 50265,
     "d_model": 1024,
@@ -162,6 +169,13 @@ def _check_model_type(config: Any, wanted: str, source: str):
         raise UserError(f"{source}: model_type is {model_type!r}; give a directory that holds a {wanted!r} model")
 
 
+def _part_of(values: Any, name: str, source: str) -> dict:
+    part = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(part, dict):
+        raise UserError(f"{source}: {name} must be a JSON object; restore the original file")
+    return part
+
+
 def _clip_part(config: dict, name: str, defaults: dict) -> Any:
     """One tower's keys. `*_config_dict`, written by early versions, wins over `*_config` with its own defaults."""
     part, legacy = config.get(name), config.get(f"{name}_dict")
@@ -212,6 +226,59 @@ class ClipVisionConfig:
     def to_hf(self) -> dict:
         """The `vision_config` object of config.json."""
         return {"model_type": "clip_vision_model", **dataclasses.asdict(self), "num_channels": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipResNetConfig:
+    """A residual network as CLIP's image tower, of RN50 to RN50x64; Hugging Face's CLIP has none.
+
+    Attributes:
+      layers: blocks of its four stages.
+      width: channels behind the stem.
+      image_size: pixels a side, a multiple of 32.
+    """
+
+    layers: tuple[int, int, int, int]
+    width: int
+    image_size: int
+
+    @property
+    def hidden_size(self) -> int:
+        """Dv: channels of the last stage."""
+        return 32 * self.width
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of the attention pooling."""
+        return self.hidden_size // 64
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the mean and one token per cell of the last stage's grid."""
+        return (self.image_size // 32) ** 2 + 1
+
+    @classmethod
+    def of(cls, layers: Any, width: Any, image_size: Any, source: str) -> ClipResNetConfig:
+        """From a file's values. UserError names `source` and the field."""
+        four = isinstance(layers, list | tuple) and len(layers) == 4 and all(type(n) is int and n > 0 for n in layers)
+        if not four:
+            raise UserError(f"{source}: layers is {layers!r}; it must be four numbers of blocks")
+        for name, value, step in (("width", width, 2), ("image_size", image_size, 32)):
+            if type(value) is not int or value < 1 or value % step:
+                raise UserError(f"{source}: {name} is {value!r}; it must be a multiple of {step}")
+        return cls(tuple(layers), width, image_size)
+
+    def to_hf(self) -> dict:
+        """The `vision_config` object of config.json; no release of transformers builds a model from it."""
+        return {
+            "model_type": "clip_vision_model",
+            "resnet_layers": list(self.layers),
+            "resnet_width": self.width,
+            "image_size": self.image_size,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": 0,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +412,7 @@ class ClipConfig:
     `preprocessing` lies in a file of its own; None, where there is no such file, becomes OpenAI's for `image_size`.
     """
 
-    vision: ClipVisionConfig
+    vision: ClipVisionConfig | ClipResNetConfig
     text: ClipTextConfig
     projection_dim: int
     logit_scale_init_value: float = 2.6592
@@ -365,11 +432,56 @@ class ClipConfig:
         """
         _check_model_type(config, "clip", source)
         fields = _Fields(config, {"projection_dim": 512, "logit_scale_init_value": 2.6592}, source)
+        vision = _clip_part(config, "vision_config", CLIP_VISION_DEFAULTS)
+        if isinstance(vision, dict) and "resnet_layers" in vision:
+            values = (vision.get(name) for name in ("resnet_layers", "resnet_width", "image_size"))
+            tower = ClipResNetConfig.of(*values, f"{source}: vision_config")
+        else:
+            tower = ClipVisionConfig.from_hf(vision, source)
         return cls(
-            vision=ClipVisionConfig.from_hf(_clip_part(config, "vision_config", CLIP_VISION_DEFAULTS), source),
+            vision=tower,
             text=ClipTextConfig.from_hf(_clip_part(config, "text_config", CLIP_TEXT_DEFAULTS), source),
             projection_dim=fields.integer("projection_dim"),
             logit_scale_init_value=fields.number("logit_scale_init_value"),
+        )
+
+    @classmethod
+    def from_open_clip(cls, values: Any, source: str) -> ClipConfig:
+        """Read open_clip_config.json of a CLIP with a residual network. Raises UserError naming `source` and the field.
+
+        Source: OpenCLIP's `CLIPVisionCfg`, `CLIPTextCfg` and preprocessing, whose defaults an absent key takes.
+        """
+        model, where = _part_of(values, "model_cfg", source), f"{source}: model_cfg"
+        vision, text = (_part_of(model, name, where) for name in ("vision_cfg", "text_cfg"))
+        if not isinstance(vision.get("layers"), list):
+            raise UserError(f"{where}.vision_cfg is no residual network; give the model in Hugging Face's format")
+        tower = ClipResNetConfig.of(vision["layers"], vision.get("width", 64), vision.get("image_size", 224), where)
+        if "hf_model_name" in text:
+            raise UserError(
+                f"{where}.text_cfg.hf_model_name is {text['hf_model_name']!r}; only CLIP's own text tower is read"
+            )
+        words = _Fields(text, OPEN_CLIP_TEXT_DEFAULTS, source, "model_cfg.text_cfg.")
+        words.divisible("width", "heads")
+        width = words.integer("width")
+        pixels = _Fields(values.get("preprocess_cfg", {}), OPEN_CLIP_PIXELS_DEFAULTS, source, "preprocess_cfg.")
+        pixels.exactly("interpolation", "bicubic", "nothing else is done here")
+        pixels.exactly("resize_mode", "shortest", "pictures are cropped")
+        means = pixels.three_numbers("mean"), pixels.three_numbers("std")
+        return cls(
+            vision=tower,
+            text=ClipTextConfig(
+                words.integer("vocab_size"),
+                width,
+                4 * width,
+                words.integer("layers"),
+                words.integer("heads"),
+                words.integer("context_length"),
+                "quick_gelu" if model.get("quick_gelu") else "gelu",
+                bos_token_id=words.integer("vocab_size") - 2,
+                eos_token_id=words.integer("vocab_size") - 1,  # the largest id, at which OpenCLIP pools
+            ),
+            projection_dim=_Fields(model, {}, source, "model_cfg.").integer("embed_dim"),
+            preprocessing=Preprocessing(tower.image_size, tower.image_size, mean=means[0], std=means[1]),
         )
 
     def to_hf(self) -> dict:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlkd_jax.models.bart import Bart, join_memory, shift_right
-from vlkd_jax.models.configs import BartConfig
+from vlkd_jax.models.configs import BartConfig, ClipConfig
 from vlkd_jax.models.layers import Dense, l2_normalize
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int
 
 NEW = ("sentence_projection", "image_projection", "logit_scale")
 """The student's parameters that BART does not have; they start from nothing and take a larger learning rate."""
+
+
+HIDDEN = {"hidden": "last_hidden_state", "penultimate": "penultimate"}
+"""Kinds of image tokens that are states of CLIP's vision tower -> their name in `ClipImageOutput`."""
 
 
 class Whitening(nn.Module):
@@ -128,3 +134,37 @@ class Student(nn.Module):
     def scale(self) -> Float32[Array, ""]:
         """The inverse temperature of the contrastive loss; the train step keeps it at 100 or less, as CLIP's."""
         return jnp.exp(self.logit_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """What a student is, whole: both models and every choice that changes what it computes.
+
+    Attributes:
+      bart, clip: as their directories have them.
+      image_tokens: which of the teacher's tokens it reads: "projected", "hidden", "penultimate" or "pooled".
+      whiten, sentence_position: see `Student`.
+      contrastive_scale: "learned" or "clip", whose logit scale the contrastive loss took.
+      ttdm: "normalised" or "raw", the vectors whose distance the text-text loss took.
+    """
+
+    bart: BartConfig
+    clip: ClipConfig
+    image_tokens: str = "projected"
+    whiten: bool = False
+    sentence_position: str = "eos"
+    contrastive_scale: str = "learned"
+    ttdm: str = "normalised"
+
+    def module(self, dtype: DTypeLike = jnp.float32) -> Student:
+        """The student's module, without dropout."""
+        hidden = self.image_tokens in HIDDEN
+        rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        return Student(
+            dataclasses.replace(self.bart, **rates),
+            self.clip.projection_dim,
+            self.clip.vision.hidden_size if hidden else self.clip.projection_dim,
+            sentence_position=self.sentence_position,
+            whiten=self.whiten,
+            dtype=dtype,
+        )

@@ -1,12 +1,13 @@
 """The whole job on the built-in world, on one CPU: `python -m vlkd_jax.shapes.demo --workdir=DIR --seed=N`.
 
 Takes the two models that come with the package, distils, evaluates the student as it started and as it is now, and
-writes DIR/demo.json and DIR/report/index.html. `launch/demo.sh` runs it in an environment of its own.
+writes DIR/demo.json, DIR/report/index.html and DIR/export. `launch/demo.sh` runs it in an environment of its own.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,17 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
 from vlkd_jax.evals.runner import read_rows
 from vlkd_jax.evaluate import circumstances, evaluate, read_items
+from vlkd_jax.hf.export import export
+from vlkd_jax.hf.student import is_student
 from vlkd_jax.metrics import say
 from vlkd_jax.shapes.report import write_report
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import VLKD
+from vlkd_jax.vlkd import VLKD, run_config
 from vlkd_jax.workdir import output_directory, write_atomic
 
 SUITES = ("shapes", "shapes_seen")
 """Held-out scenes with objects of kinds that no training scene has, and new scenes of kinds that training saw."""
+EXPORT = "export"
 
 
 class Stages:
@@ -55,18 +59,20 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     for name in SUITES:
         chosen[name].seed = seed
     chosen.batch_size = 128
-    stages.begin("distillation", f"1/3 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
+    stages.begin("distillation", f"1/4 distillation: {config.steps} steps of {config.batch_size} image-caption pairs")
     state = train(config, workdir / "train")
     asked = sum(chosen[name].questions for name in SUITES)
-    stages.begin("evaluation", f"2/3 the student before and after, {asked:,} held-out questions, seed {seed}")
+    stages.begin("evaluation", f"2/4 the student before and after, {asked:,} held-out questions, seed {seed}")
     model, start = (VLKD.from_run(workdir / "train", at_start=at_start) for at_start in (False, True))
     metrics = dict(evaluate(chosen, read_items(chosen), model, workdir, start))
     summaries = {name: _summary(metrics[name]["before"], metrics[name]) for name in SUITES}
-    stages.begin("report", "3/3 report")
+    stages.begin("report", "3/4 report")
     result = summaries["shapes"] | {"seen_kinds": summaries["shapes_seen"], "steps": int(state.step)}
     result |= circumstances(seed)
     rows, curves = read_rows(workdir / "shapes"), workdir / "train" / "metrics.jsonl"
     write_report(workdir / "report", result, rows, curves, chosen.shapes)
+    stages.begin("export", "4/4 export: the student as Hugging Face directories")
+    _export(model, workdir, {"suites": metrics} | circumstances(seed))
     stages.begin("", "")
     result |= {
         "stage_seconds": stages.seconds,
@@ -75,6 +81,15 @@ def run_demo(workdir: Path, seed: int, setup_seconds: float) -> dict[str, Any]:
     }
     write_atomic(workdir / "demo.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _export(model: VLKD, workdir: Path, evaluation: dict[str, Any]) -> None:
+    """Writes DIR/export, in place of the one that a demo before this one wrote there."""
+    if is_student(workdir / EXPORT):
+        shutil.rmtree(workdir / EXPORT)
+    run = json.loads(run_config(workdir / "train").to_json_best_effort())
+    command = f"vlkd demo --workdir=DIR --seed={run['seed']}"
+    export(model, workdir / EXPORT, run=run, command=command, evaluation=evaluation)
 
 
 def _summary(before: dict, after: dict) -> dict[str, Any]:
@@ -149,6 +164,7 @@ def main() -> None:
     say(table(result))
     say(f"set-up {result['setup_seconds']:.0f} s, run {result['run_seconds']:.0f} s")
     say(f"figures: {workdir / 'demo.json'}\nreport:  {workdir / 'report' / 'index.html'}")
+    say(f"export:  {workdir / EXPORT}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import functools
 from vlkd_jax import losses
 from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import Encoder
+from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_clip
 from vlkd_jax.models.clip import Clip, example_inputs, normalize_pixels
+from vlkd_jax.models.configs import ClipResNetConfig
 from vlkd_jax.tasks.parents import DTYPES, choose, read_clip, remat_policy
 from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
 from vlkd_jax.types import Batch, ConfigDict, Params
@@ -17,6 +19,10 @@ from vlkd_jax.types import Batch, ConfigDict, Params
 def make_task(config: ConfigDict) -> Task:
     """CLIP, trained to match pictures and captions. Raises UserError: see `vlkd_jax.tasks.make_task`."""
     clip_config, text = read_clip(config)
+    if isinstance(clip_config.vision, ClipResNetConfig):
+        raise UserError(
+            f"{config.clip}: a residual network, whose batch normalisation is frozen here; it can only teach"
+        )
     clip = Clip(clip_config, dtype=choose(config, "dtype", DTYPES), remat=remat_policy(config))
     return Task(
         module=clip,

@@ -19,15 +19,12 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.models.clip import Clip, ClipImageOutput, normalize_pixels
-from vlkd_jax.models.configs import BartConfig, ClipConfig
-from vlkd_jax.models.vlkd import NEW, Student
+from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipResNetConfig
+from vlkd_jax.models.vlkd import HIDDEN, NEW, Student, StudentConfig
 from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
 from vlkd_jax.types import Array, Batch, ConfigDict, Float, Float32, Key, Params
-
-HIDDEN = {"hidden": "last_hidden_state", "penultimate": "penultimate"}
-"""`student.image_tokens` that are states of CLIP's vision tower -> their name in `ClipImageOutput`."""
 
 
 class TeacherOutputs(NamedTuple):
@@ -83,6 +80,15 @@ def make_task(config: ConfigDict) -> Task:
         abstract_frozen=abstract,
         example=distillation.student.example_inputs(),
         teacher=distillation.teacher,
+        student=StudentConfig(
+            bart_config,
+            clip_config,
+            distillation.image_tokens,
+            whiten=bool(config.student.whiten),
+            sentence_position=config.student.sentence_position,
+            contrastive_scale=config.student.logit_scale,
+            ttdm=config.student.ttdm,
+        ),
         image_tokens=distillation.image_tokens,
         denoise_terms=functools.partial(student_denoise_terms, distillation.student),
         replay_encoder=dataclasses.replace(replay_encoder, source_length=config.data.replay_length),
@@ -95,6 +101,11 @@ def make_task(config: ConfigDict) -> Task:
 
 def _distillation(config: ConfigDict, clip_config: ClipConfig, bart_config: BartConfig) -> Distillation:
     image_tokens = choose(config, "student.image_tokens", {name: name for name in ("projected", *HIDDEN, "pooled")})
+    if image_tokens == "penultimate" and isinstance(clip_config.vision, ClipResNetConfig):
+        raise UserError(
+            "config.student.image_tokens is 'penultimate', which a residual network does not have; set it to "
+            "projected, hidden or pooled"
+        )
     position = choose(config, "student.sentence_position", {"eos": "eos", "bos": "bos"})
     dtype = choose(config, "dtype", DTYPES)
     student = Student(

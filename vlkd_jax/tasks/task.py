@@ -12,6 +12,7 @@ import jax
 from vlkd_jax.data.pipeline import Encoder
 from vlkd_jax.losses import Pairs, SumAndCount
 from vlkd_jax.models.clip import Clip
+from vlkd_jax.models.vlkd import StudentConfig
 from vlkd_jax.types import Array, Batch, Key, Params
 
 Frozen = dict[str, Params]
@@ -49,7 +50,8 @@ class Task:
       example: arguments for `module.init`, of which the shapes count.
       needs_images: whether its records must have pictures.
       teacher: the module of `Frozen["clip"]`.
-      image_tokens: which of the teacher's image tokens the student reads.
+      student: what an export of the student needs to say of it; None: there is no student.
+      image_tokens: which of the teacher's image tokens it reads.
       denoise_terms: the terms of a text-only batch, by which the text abilities are measured; None: it has none.
       replay_encoder: what a text-only batch beside the pairs holds; mixes_replay: whether training mixes such in.
       new: top-level parameters that start from nothing and take the larger learning rate.
@@ -68,6 +70,7 @@ class Task:
     example: tuple[Any, ...]
     needs_images: bool = True
     teacher: Clip | None = None
+    student: StudentConfig | None = None
     image_tokens: str = "projected"
     denoise_terms: TermsFunction | None = None
     replay_encoder: Encoder | None = None

@@ -1,0 +1,89 @@
+"""Writes a trained student as Hugging Face directories, and reads them back.
+
+`python -m vlkd_jax.hf.export --checkpoint=RUN --output=DIR`: DIR holds the whole student for PyTorch, with its code,
+tokenizers and processor, and in DIR/bart a stock BART. No torch is needed to write them.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from vlkd_jax import entry
+from vlkd_jax.commands import COMMANDS
+from vlkd_jax.configs.suites import CAPTION, QUESTION
+from vlkd_jax.data.sources import read_json
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.card import model_card
+from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
+from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, save_student
+from vlkd_jax.metrics import say
+from vlkd_jax.storage import write_atomic
+from vlkd_jax.vlkd import VLKD, run_config
+from vlkd_jax.workdir import output_directory
+
+RUN = "vlkd_run.json"
+"""What an export says of the run it came from: {"config", "identity", "command"}."""
+PROCESSOR = {
+    "processor_class": "VLKDProcessor",
+    "auto_map": {"AutoProcessor": f"{MODELING}.VLKDProcessor"},
+    **{name: text for name, text in {**QUESTION, **CAPTION}.items() if isinstance(text, str)},
+}
+
+
+def export(
+    model: VLKD,
+    output: Path,
+    dtype: str = "float32",
+    run: dict[str, Any] | None = None,
+    command: str = "",
+    evaluation: dict[str, Any] | None = None,
+) -> None:
+    """Writes `output`; config.json comes last, so that a directory that has one is whole.
+
+    Args:
+      dtype: of the weights: float32, bfloat16 or float16.
+      run: the training run's configuration, for the card and for `vlkd import`.
+      command, evaluation: see `card.model_card`.
+
+    Raises:
+      UserError: something lies there already.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output}: not empty; name another --output, so that nothing is lost")
+    output_directory(output, "--output")
+    parents = {"clip": model.clip_text.directory, "bart": model.bart_text.directory}
+    copy_tokenizer(parents["bart"], output)
+    copy_tokenizer(parents["clip"], output / CLIP_TOKENIZER)
+    params = jax.device_get({"student": model.params, "clip": model.clip_params})
+    save_bart(output / "bart", model.config.bart, params["student"]["bart"], dtype)
+    copy_tokenizer(parents["bart"], output / "bart")
+    shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), output / f"{MODELING}.py")
+    write_json(output / "processor_config.json", PROCESSOR)
+    write_json(output / RUN, {"config": run or {}, "identity": model.identity, "command": command})
+    card = model_card(model.config, run or {}, parents, command, evaluation)
+    write_atomic(output / "README.md", card.encode())
+    save_student(output, model.config, params, model.bart_text.vocab_size, dtype)
+
+
+def main() -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    evaluation = read_json(values.evaluation) if values.evaluation else None
+    model = VLKD.from_run(values.checkpoint, clip=values.clip, bart=values.bart)
+    run = json.loads(run_config(values.checkpoint).to_json_best_effort())
+    command = shlex.join(["vlkd", "export", *sys.argv[1:]])
+    export(model, Path(values.output), values.dtype, run, command, evaluation)
+    stock = Path(values.output) / "bart"
+    say(f"wrote {values.output}, and {stock}, a stock BART; vlkd parity {values.output} compares it with this model")
+
+
+if __name__ == "__main__":
+    entry.run(main, COMMANDS["export"])

@@ -1,0 +1,89 @@
+"""Gives the Flax side of an export back: a run's directory, which `vlkd evaluate --checkpoint` reads.
+
+`python -m vlkd_jax.hf.import_ HF --output=DIR`: DIR holds a checkpoint with the student's parameters, bit for bit those
+of the export, and in parents/ the CLIP and the student's BART.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from vlkd_jax import entry, sharding
+from vlkd_jax.checkpoint import Checkpoints
+from vlkd_jax.commands import COMMANDS
+from vlkd_jax.config import with_defaults
+from vlkd_jax.data.sources import read_json
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.export import RUN
+from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
+from vlkd_jax.hf.student import CLIP_TOKENIZER, load_student, read_student_config
+from vlkd_jax.identity import MODELS, PARENTS, hash_inputs, record_inputs
+from vlkd_jax.metrics import say
+from vlkd_jax.models.vlkd import StudentConfig
+from vlkd_jax.storage import locate, write_atomic
+from vlkd_jax.workdir import CONFIG_FILE, output_directory
+
+
+def import_export(directory: Path, output: Path) -> None:
+    """Writes a run's directory from an export.
+
+    Raises:
+      UserError: a file of the export cannot be used, or something lies in `output` already.
+    """
+    config = read_student_config(directory)
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output}: not empty; name another --output, so that nothing is lost")
+    output_directory(output, "--output")
+    mesh = sharding.one_device()
+    layout = sharding.replicated(mesh)
+    params = load_student(directory, layout)[1]
+    whole, places = jax.device_get(params), {name: output / PARENTS / name for name in MODELS}
+    save_clip(places["clip"], config.clip, whole["clip"])
+    save_bart(places["bart"], config.bart, whole["student"]["bart"])
+    copy_tokenizer(directory / CLIP_TOKENIZER, places["clip"])
+    copy_tokenizer(directory, places["bart"])
+    run = _run_config(directory, config, places)
+    write_atomic(output / CONFIG_FILE, (run.to_json_best_effort() + "\n").encode())
+    record_inputs(output, hash_inputs(run, MODELS))
+    step = _step(directory)
+    parts = {"params": params["student"], "step": jax.device_put(jnp.int32(step), layout)}
+    with Checkpoints(locate(output) / "checkpoints") as checkpoints:
+        checkpoints.save(step, parts, {"imported": os.fspath(directory.absolute())})
+
+
+def _step(directory: Path) -> int:
+    path = directory / RUN
+    step = read_json(path).get("identity", {}).get("step", 0) if path.is_file() else 0
+    return step if isinstance(step, int) else 0
+
+
+def _run_config(directory: Path, config: StudentConfig, places: dict[str, Path]) -> ConfigDict:
+    """The run's configuration with the models' new places, as far as the export tells."""
+    path = directory / RUN
+    given: dict[str, Any] = read_json(path).get("config") or {} if path.is_file() else {}
+    run = ConfigDict(with_defaults(json.loads(json.dumps(given))))
+    for name, place in places.items():
+        run[name] = os.fspath(place.absolute())
+    run.student.image_tokens, run.student.sentence_position = config.image_tokens, config.sentence_position
+    run.student.whiten = run.student.whiten or 1 if config.whiten else 0
+    run.student.logit_scale, run.student.ttdm = config.contrastive_scale, config.ttdm
+    return run
+
+
+def main() -> None:
+    """Entry point."""
+    directory, output = Path(flags.FLAGS.export), Path(flags.FLAGS.output)
+    import_export(directory, output)
+    say(f"wrote {output}: a run for vlkd evaluate --checkpoint={output}; its models are in {output / PARENTS}")
+
+
+if __name__ == "__main__":
+    entry.run(main, COMMANDS["import"])
