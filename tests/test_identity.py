@@ -140,7 +140,8 @@ def trained(assets, tmp_path_factory):
 
 
 def relative_config(**changes):
-    config = tiny_config(Path(), **changes, data__source="folder", data__captions="captions.tsv", data__images="images")
+    folder = {"data__source": "folder", "data__captions": "captions.tsv", "data__images": "images"}
+    config = tiny_config(Path(), **changes, **folder, keep_teacher="no")  # so that the models of the start are needed
     config.clip, config.bart = "clip", "./bart"
     return config
 

@@ -228,7 +228,7 @@ COMMANDS = {
         description="Gives the Flax side of an export back, bit for bit: DIR is a run's directory with a checkpoint "
         "and, in parents/, its CLIP and BART.",
         options=(
-            Option("export", "HF", "directory that vlkd export wrote", kind="argument", required=True),
+            Option("hf", "HF", "directory that vlkd export wrote", kind="argument", required=True),
             Option("output", "DIR", "directory to write; must be new or empty", required=True),
         ),
         example="exports/mine --output=runs/again",
@@ -239,7 +239,7 @@ COMMANDS = {
         description="Writes model.safetensors from the *.bin, *.pt or *.pth of a Hugging Face directory. PyTorch's "
         "weights-only reader takes tensors from a pickle and runs nothing. Needs torch.",
         options=(
-            Option("source", "DIR", "directory with pickled weights", kind="argument", required=True),
+            Option("source", "SOURCE", "directory with pickled weights", kind="argument", required=True),
             Option("output", "DIR", "directory to write; default: the same"),
         ),
         example="models/clip",
@@ -251,7 +251,7 @@ COMMANDS = {
         "of 100 prompts, greedy and beam 5, padded and not. Writes HF/parity.json and the model card's part. Needs "
         "torch.",
         options=(
-            Option("export", "HF", "directory that vlkd export wrote", kind="argument", required=True),
+            Option("hf", "HF", "directory that vlkd export wrote", kind="argument", required=True),
             JSON,
         ),
         example="exports/mine",

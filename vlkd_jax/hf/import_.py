@@ -80,7 +80,7 @@ def _run_config(directory: Path, config: StudentConfig, places: dict[str, Path])
 
 def main() -> None:
     """Entry point."""
-    directory, output = Path(flags.FLAGS.export), Path(flags.FLAGS.output)
+    directory, output = Path(flags.FLAGS.hf), Path(flags.FLAGS.output)
     import_export(directory, output)
     say(f"wrote {output}: a run for vlkd evaluate --checkpoint={output}; its models are in {output / PARENTS}")
 

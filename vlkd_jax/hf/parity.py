@@ -383,7 +383,7 @@ def _torch_ids(twin: Any, rows: list[dict[str, Any]], options: dict[str, Any]) -
 
 def main() -> None:
     """Entry point."""
-    directory = Path(flags.FLAGS.export)
+    directory = Path(flags.FLAGS.hf)
     if not is_student(directory):
         raise UserError(f"{directory / CONFIG}: not an exported student; vlkd export writes one")
     if find_spec("torch") is None:

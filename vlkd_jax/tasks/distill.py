@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vlkd_jax import losses
 from vlkd_jax.config import model_directory
+from vlkd_jax.data.pipeline import Encoder
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.names import parameter_shapes
@@ -58,21 +59,38 @@ def make_task(config: ConfigDict) -> Task:
     """The student, trained on image-caption pairs. Raises UserError: see `vlkd_jax.tasks.make_task`."""
     clip_config, clip_text = read_clip(config)
     bart_config, bart_text = read_bart(config)
+    encode = functools.partial(text_encoder, config, bart_text, bart_config.max_position_embeddings)
+    encoder = encode(
+        clip_text=clip_text,
+        clip_length=clip_config.text.max_position_embeddings,
+        preprocessing=clip_config.preprocessing,
+    )
+    return task_of(config, clip_config, bart_config, encoder, encode(context_length=config.data.context_length))
+
+
+def task_of(
+    config: ConfigDict,
+    clip_config: ClipConfig,
+    bart_config: BartConfig,
+    encoder: Encoder | None = None,
+    replay_encoder: Encoder | None = None,
+) -> Task:
+    """The task of two models' configurations; without encoders nothing can be read, and a plan reads nothing.
+
+    Raises:
+      UserError: an option of `config` that there is not, or no loss.
+    """
     distillation = _distillation(config, clip_config, bart_config)
     if not any(config.loss.values()):
         raise UserError("every weight in config.loss is 0; give at least one of them a weight")
-    encode = functools.partial(text_encoder, config, bart_text, bart_config.max_position_embeddings)
-    replay_encoder = encode(context_length=config.data.context_length)
     abstract = {"clip": parameter_shapes(clip_config)}
     abstract |= {"start": parameter_shapes(bart_config)} if distillation.pull else {}
+    if replay_encoder:
+        replay_encoder = dataclasses.replace(replay_encoder, source_length=config.data.replay_length)
     return Task(
         module=distillation.student,
         configs={"clip": clip_config, "bart": bart_config},
-        encoder=encode(
-            clip_text=clip_text,
-            clip_length=clip_config.text.max_position_embeddings,
-            preprocessing=clip_config.preprocessing,
-        ),
+        encoder=encoder,
         terms=functools.partial(distill_terms, distillation),
         weights={name: weight for name, weight in config.loss.to_dict().items() if weight},
         read_params=functools.partial(_read_params, config, distillation.student),
@@ -91,7 +109,7 @@ def make_task(config: ConfigDict) -> Task:
         ),
         image_tokens=distillation.image_tokens,
         denoise_terms=functools.partial(student_denoise_terms, distillation.student),
-        replay_encoder=dataclasses.replace(replay_encoder, source_length=config.data.replay_length),
+        replay_encoder=replay_encoder,
         mixes_replay=bool(config.loss.denoise),
         new=NEW,
         fixed=("image_whitening",),

@@ -61,7 +61,7 @@ class Task:
 
     module: nn.Module
     configs: dict[str, Any]
-    encoder: Encoder
+    encoder: Encoder | None
     terms: TermsFunction
     weights: dict[str, float]
     read_params: Callable[[Shardings], Params]
