@@ -78,6 +78,10 @@ def get_config() -> ConfigDict:
             "keep": 2,  # checkpoints
             "keep_teacher": "auto",  # copy clip and bart into the workdir: auto (if below 2 GiB) | yes | no
             "watchdog_seconds": 1800,  # a process that makes no step for so long ends with its threads' stacks; 0: off
+            "plan": {  # what vlkd plan takes where clip or bart is empty
+                "clip": "",  # vit_b32 | vit_b16 | vit_l14
+                "bart": "",  # base | large
+            },
             "mesh": {  # devices along each axis; -1: all that are left
                 "data": -1,  # parts of a batch; every part holds whatever fsdp and model do not split
                 "fsdp": 1,  # parts of a batch that also split parameters, moments and teacher; gathered layer by layer

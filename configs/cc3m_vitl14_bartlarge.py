@@ -11,6 +11,7 @@ from vlkd_jax.configs import cc3m_vitb16_bartlarge
 def get_config() -> ConfigDict:
     config = cc3m_vitb16_bartlarge.get_config()
     # --config.clip=DIR openai/clip-vit-large-patch14
+    config.plan.clip = "vit_l14"
     config.batch_size = 4096
     config.steps = 7_000
     config.remat = True  # the decoder reads 257 image tokens in each of its layers

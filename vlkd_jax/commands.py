@@ -256,6 +256,29 @@ COMMANDS = {
         ),
         example="exports/mine",
     ),
+    "plan": Command(
+        module="vlkd_jax.plan",
+        summary="memory, speed and cost of a run on machines that are not here",
+        description="Compiles the real train step of a config for a TPU topology, without a TPU and without weights, "
+        "or for the devices here (local): whether it fits, bytes a chip, operations, traffic, images/s at a stated "
+        "share of the peak, chip-hours. Needs libtpu for a TPU. It takes minutes for large models.",
+        options=(
+            Option(
+                "config",
+                "NAME",
+                "of training, as for vlkd train",
+                kind="config",
+                required=True,
+                overrides="overrides a field; config.plan.clip and config.plan.bart stand for models that are not here",
+            ),
+            Option("topology", "NAME", "v5e:4x4, v4:2x2x4, v6e:4x4, ..., or local; with --sweep several, by commas"),
+            Option("mesh", "AXES", "such as data=1,fsdp=16; default: the config's"),
+            Option("utilisation", "SHARE", "of the chips' peak that is reached", kind="number", default=0.4),
+            Option("sweep", "", "a table over topologies", kind="flag"),
+            JSON,
+        ),
+        example="--config=cc3m_vitl14_bartlarge --topology=v5e:4x4",
+    ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",
         summary="the whole job on the built-in world: train, evaluate, report",

@@ -60,16 +60,11 @@ def make_mesh(config: ConfigDict) -> Mesh:
     Raises:
       UserError: sizes that do not fit the devices.
     """
-    sizes, count = [config[axis] for axis in AXES], jax.device_count()
-    told = f"config.mesh is {', '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))}"
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"{told}; each must be at least 1, and one of them may be -1, all devices that are left")
-    given = math.prod(size for size in sizes if size != -1)
-    sizes = [count // given if size == -1 else size for size in sizes]
+    count = jax.device_count()
+    sizes = mesh_sizes(config, count)
     used = math.prod(sizes)
-    if not 1 <= used <= count:
-        raise UserError(f"{told}, and there are {count} devices; make their product {count} at most")
     if used < count and jax.process_count() > 1:
+        told = _told(config)
         raise UserError(f"{told} uses {used} of {count} devices; processes without work cannot take part: use all")
     if config.slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:used])
@@ -82,6 +77,23 @@ def make_mesh(config: ConfigDict) -> Mesh:
     except (ValueError, AssertionError) as e:
         raise UserError(f"config.mesh.slices is {config.slices}, which the devices here do not have ({e})") from e
     return Mesh(placed, AXES)
+
+
+def mesh_sizes(config: ConfigDict, count: int) -> list[int]:
+    """How many of `count` devices lie along each of `AXES`. Raises UserError for sizes that do not fit."""
+    sizes = [config[axis] for axis in AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        told = _told(config)
+        raise UserError(f"{told}; each must be at least 1, and one of them may be -1, all devices that are left")
+    given = math.prod(size for size in sizes if size != -1)
+    sizes = [count // given if size == -1 else size for size in sizes]
+    if not 1 <= math.prod(sizes) <= count:
+        raise UserError(f"{_told(config)}, and there are {count} devices; make their product {count} at most")
+    return sizes
+
+
+def _told(config: ConfigDict) -> str:
+    return f"config.mesh is {', '.join(f'{axis}={config[axis]}' for axis in AXES)}"
 
 
 def one_device() -> Mesh:

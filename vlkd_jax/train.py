@@ -52,7 +52,7 @@ from vlkd_jax.workdir import claim, flatten
 
 MAY_CHANGE = (
     *("steps", "log_every", "save_every", "keep", "keep_teacher", "mesh", "watchdog_seconds"),
-    *("data.threads", "data.max_unusable"),
+    *("data.threads", "data.max_unusable", "plan.clip", "plan.bart"),
     *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""

@@ -15,6 +15,8 @@ from vlkd_jax.hf.load import (
     CONFIG,
     GENERATION,
     INDEX,
+    OPEN_CLIP,
+    OPEN_CLIP_WEIGHTS,
     PREPROCESSOR,
     PROCESSOR,
     TOKENIZER_FILES,
@@ -22,17 +24,8 @@ from vlkd_jax.hf.load import (
 )
 
 PATTERNS = (
-    *(
-        CONFIG,
-        GENERATION,
-        INDEX,
-        WEIGHTS,
-        "model-*.safetensors",
-        PREPROCESSOR,
-        PROCESSOR,
-        *TOKENIZER_FILES,
-        "README.md",
-    ),
+    *(CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES, "README.md"),
+    *(WEIGHTS, INDEX, "model-*.safetensors", OPEN_CLIP, OPEN_CLIP_WEIGHTS),
 )
 """What is downloaded: no code and no pickles."""
 

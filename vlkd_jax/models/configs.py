@@ -6,10 +6,10 @@ Their sizes are in config.json, CLIP's way from pictures to pixels in preprocess
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from vlkd_jax.errors import UserError
+from vlkd_jax.models.fields import Fields, check_model_type, part_of
 
 ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu")
 # What transformers' CLIPConfig and BartConfig assume for an absent key (the same in versions 4 and 5).
@@ -89,93 +89,6 @@ RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's filters, at the places of their numbers."""
 
 
-class _Fields:
-    """Typed reads from one JSON object; every complaint names the file and the field."""
-
-    def __init__(self, values: Any, defaults: dict, source: str, prefix: str = ""):
-        if not isinstance(values, dict):
-            raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a JSON object; restore the original")
-        self.values = {**defaults, **values}
-        self.source, self.prefix = source, prefix
-
-    def fail(self, name: str, wanted: str):
-        raise UserError(f"{self.source}: {self.prefix}{name} is {self.values.get(name)!r}; it must be {wanted}")
-
-    def integer(self, name: str, minimum: int = 1) -> int:
-        value = self.values.get(name)
-        if isinstance(value, list | tuple) and value and all(item == value[0] for item in value):
-            value = value[0]  # transformers 5 also writes square sizes and single end tokens as lists
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.fail(name, f"a whole number of at least {minimum}")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        return None if self.values.get(name) is None else self.integer(name, 0)
-
-    def number(self, name: str, below: float | None = None) -> float:
-        value = self.values.get(name)
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        if not valid or not math.isfinite(value) or value < 0 or (below is not None and value >= below):
-            self.fail(name, "a number of at least 0" + (f" and below {below:g}" if below is not None else ""))
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        if not isinstance(self.values.get(name), bool):
-            self.fail(name, "true or false")
-        return self.values[name]
-
-    def one_of(self, name: str, options: tuple[str, ...]) -> str:
-        if self.values.get(name) not in options:
-            self.fail(name, "one of " + ", ".join(options))
-        return self.values[name]
-
-    def three_numbers(self, name: str) -> tuple[float, float, float]:
-        value = self.values.get(name)
-        numbers = value if isinstance(value, list | tuple) else [value] * 3
-        valid = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-        if len(numbers) != 3 or not valid or not all(map(math.isfinite, numbers)):
-            self.fail(name, "three numbers, one for each of red, green and blue")
-        return tuple(map(float, numbers))
-
-    def edges(self, name: str, one_is_square: bool) -> int | tuple[int, int]:
-        """An image size in pixels: the length of the short side, or (height, width)."""
-        value = self.values.get(name)
-        if isinstance(value, int):
-            value = [value, value] if one_is_square else {"shortest_edge": value}
-        if isinstance(value, list | tuple) and len(value) == 2:
-            value = dict(zip(("height", "width"), value, strict=True))
-        given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
-        if all(type(length) is int and length > 0 for length in given.values()):
-            if set(given) == {"shortest_edge"}:
-                return given["shortest_edge"]
-            if set(given) == {"height", "width"}:
-                return given["height"], given["width"]
-        self.fail(name, 'a whole number of pixels, {"shortest_edge": ...} or {"height": ..., "width": ...}')
-
-    def exactly(self, name: str, wanted: Any, why: str):
-        if self.values.get(name) != wanted:
-            self.fail(name, f"{wanted!r} ({why})")
-
-    def divisible(self, name: str, by: str):
-        if self.integer(name) % self.integer(by):
-            self.fail(name, f"a multiple of {by} ({self.values[by]})")
-
-
-def _check_model_type(config: Any, wanted: str, source: str):
-    if not isinstance(config, dict):
-        raise UserError(f"{source}: the file must be a JSON object; restore the original")
-    model_type = config.get("model_type")
-    if model_type != wanted:
-        raise UserError(f"{source}: model_type is {model_type!r}; give a directory that holds a {wanted!r} model")
-
-
-def _part_of(values: Any, name: str, source: str) -> dict:
-    part = values.get(name) if isinstance(values, dict) else None
-    if not isinstance(part, dict):
-        raise UserError(f"{source}: {name} must be a JSON object; restore the original file")
-    return part
-
-
 def _clip_part(config: dict, name: str, defaults: dict) -> Any:
     """One tower's keys. `*_config_dict`, written by early versions, wins over `*_config` with its own defaults."""
     part, legacy = config.get(name), config.get(f"{name}_dict")
@@ -206,7 +119,7 @@ class ClipVisionConfig:
     @classmethod
     def from_hf(cls, config: Any, source: str) -> ClipVisionConfig:
         """Read `vision_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
-        fields = _Fields(config, CLIP_VISION_DEFAULTS, source, "vision_config.")
+        fields = Fields(config, CLIP_VISION_DEFAULTS, source, "vision_config.")
         fields.exactly("num_channels", 3, "images are RGB")
         fields.divisible("hidden_size", "num_attention_heads")
         result = cls(
@@ -300,7 +213,7 @@ class ClipTextConfig:
     @classmethod
     def from_hf(cls, config: Any, source: str) -> ClipTextConfig:
         """Read `text_config`; absent keys take Hugging Face's defaults. UserError names `source` and field."""
-        fields = _Fields(config, CLIP_TEXT_DEFAULTS, source, "text_config.")
+        fields = Fields(config, CLIP_TEXT_DEFAULTS, source, "text_config.")
         fields.divisible("hidden_size", "num_attention_heads")
         return cls(
             vocab_size=fields.integer("vocab_size"),
@@ -321,7 +234,7 @@ class ClipTextConfig:
         return {"model_type": "clip_text_model", **dataclasses.asdict(self)}
 
 
-def _resize_before_crop(fields: _Fields, image_size: int) -> int | tuple[int, int] | None:
+def _resize_before_crop(fields: Fields, image_size: int) -> int | tuple[int, int] | None:
     """`Preprocessing.resize`, where a crop of `image_size` follows or changes nothing."""
     resize = None
     if fields.boolean("do_resize"):
@@ -365,7 +278,7 @@ class Preprocessing:
         Raises:
           UserError: naming `source` and the field of what is not done here, or does not give `image_size` pixels.
         """
-        fields = _Fields(values, PREPROCESSING_DEFAULTS, source, prefix)
+        fields = Fields(values, PREPROCESSING_DEFAULTS, source, prefix)
         switches = (name for name, default in PREPROCESSING_DEFAULTS.items() if isinstance(default, bool))
         fields.values |= {name: False for name in switches if fields.values[name] is None}  # as transformers takes null
         fields.one_of("image_processor_type", PROCESSORS)
@@ -430,8 +343,8 @@ class ClipConfig:
         Absent keys, also whole absent towers, take Hugging Face's defaults. Attention dropout is not read: the
         teacher is never trained. Raises UserError naming `source` and the field.
         """
-        _check_model_type(config, "clip", source)
-        fields = _Fields(config, {"projection_dim": 512, "logit_scale_init_value": 2.6592}, source)
+        check_model_type(config, "clip", source)
+        fields = Fields(config, {"projection_dim": 512, "logit_scale_init_value": 2.6592}, source)
         vision = _clip_part(config, "vision_config", CLIP_VISION_DEFAULTS)
         if isinstance(vision, dict) and "resnet_layers" in vision:
             values = (vision.get(name) for name in ("resnet_layers", "resnet_width", "image_size"))
@@ -451,8 +364,8 @@ class ClipConfig:
 
         Source: OpenCLIP's `CLIPVisionCfg`, `CLIPTextCfg` and preprocessing, whose defaults an absent key takes.
         """
-        model, where = _part_of(values, "model_cfg", source), f"{source}: model_cfg"
-        vision, text = (_part_of(model, name, where) for name in ("vision_cfg", "text_cfg"))
+        model, where = part_of(values, "model_cfg", source), f"{source}: model_cfg"
+        vision, text = (part_of(model, name, where) for name in ("vision_cfg", "text_cfg"))
         if not isinstance(vision.get("layers"), list):
             raise UserError(f"{where}.vision_cfg is no residual network; give the model in Hugging Face's format")
         tower = ClipResNetConfig.of(vision["layers"], vision.get("width", 64), vision.get("image_size", 224), where)
@@ -460,10 +373,10 @@ class ClipConfig:
             raise UserError(
                 f"{where}.text_cfg.hf_model_name is {text['hf_model_name']!r}; only CLIP's own text tower is read"
             )
-        words = _Fields(text, OPEN_CLIP_TEXT_DEFAULTS, source, "model_cfg.text_cfg.")
+        words = Fields(text, OPEN_CLIP_TEXT_DEFAULTS, source, "model_cfg.text_cfg.")
         words.divisible("width", "heads")
         width = words.integer("width")
-        pixels = _Fields(values.get("preprocess_cfg", {}), OPEN_CLIP_PIXELS_DEFAULTS, source, "preprocess_cfg.")
+        pixels = Fields(values.get("preprocess_cfg", {}), OPEN_CLIP_PIXELS_DEFAULTS, source, "preprocess_cfg.")
         pixels.exactly("interpolation", "bicubic", "nothing else is done here")
         pixels.exactly("resize_mode", "shortest", "pictures are cropped")
         means = pixels.three_numbers("mean"), pixels.three_numbers("std")
@@ -480,7 +393,7 @@ class ClipConfig:
                 bos_token_id=words.integer("vocab_size") - 2,
                 eos_token_id=words.integer("vocab_size") - 1,  # the largest id, at which OpenCLIP pools
             ),
-            projection_dim=_Fields(model, {}, source, "model_cfg.").integer("embed_dim"),
+            projection_dim=Fields(model, {}, source, "model_cfg.").integer("embed_dim"),
             preprocessing=Preprocessing(tower.image_size, tower.image_size, mean=means[0], std=means[1]),
         )
 
@@ -529,8 +442,8 @@ class BartConfig:
         Absent keys take Hugging Face's defaults; for `forced_bos_token_id` that is None, unless the old
         `force_bos_token_to_be_generated` asks for it. Layer drop is not read. UserError names `source` and field.
         """
-        _check_model_type(config, "bart", source)
-        fields = _Fields(config, BART_DEFAULTS, source)
+        check_model_type(config, "bart", source)
+        fields = Fields(config, BART_DEFAULTS, source)
         fields.exactly("tie_word_embeddings", True, "the output layer shares the token embedding")
         fields.divisible("d_model", "encoder_attention_heads")
         fields.divisible("d_model", "decoder_attention_heads")

@@ -1,0 +1,474 @@
+"""What a run needs on machines that are not here: `python -m vlkd_jax.plan --config=X --topology=v5e:4x4 [--sweep]`.
+
+Compiles the real train step for a TPU topology (libtpu, which needs no TPU for that) or for the devices here
+(`local`), and reads memory, floating-point operations and the network's traffic off the program. Weights are not read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if not any(argument.split("=")[-1] == "local" for argument in sys.argv):
+    os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed, jax would else look for a TPU
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the cloud which machine this is
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlkd_jax import entry, sharding
+from vlkd_jax.commands import COMMANDS
+from vlkd_jax.config import model_directory
+from vlkd_jax.errors import UserError
+from vlkd_jax.hf.load import read_bart_config, read_clip_config
+from vlkd_jax.metrics import say
+from vlkd_jax.models.published import BARTS, CLIPS
+from vlkd_jax.optim import make_optimizer
+from vlkd_jax.runtime import tell
+from vlkd_jax.step import make_train_step
+from vlkd_jax.tasks.distill import task_of
+from vlkd_jax.tasks.task import Task
+from vlkd_jax.train import abstract_state, check_batch_size, check_config
+from vlkd_jax.types import Batch
+
+CC3M = 3_318_333
+"""Image-caption pairs of CC3M's training split, as published."""
+LOCAL = "local"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has, by its maker's documentation.
+
+    Attributes:
+      memory: bytes.
+      flops: dense bfloat16 operations a second.
+      link: bytes a second to its neighbours, all links together, one way.
+    """
+
+    memory: int
+    flops: float
+    link: float
+
+
+CHIPS = {
+    "v4": Chip(32 * 2**30, 275e12, 300e9),
+    "v5e": Chip(16 * 2**30, 197e12, 200e9),
+    "v5p": Chip(95 * 2**30, 459e12, 600e9),
+    "v6e": Chip(32 * 2**30, 918e12, 448e9),
+}
+SWEEP = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v4:2x2x4", "v6e:4x4")
+
+
+def planned_task(config: ConfigDict) -> Task:
+    """The task from its models' config.json, or where no model is named from `config.plan`'s published sizes.
+
+    Raises:
+      UserError: an objective that is not planned, no models and no sizes.
+    """
+    if config.objective != "vlkd":
+        raise UserError(f"config.objective is {config.objective!r}; only vlkd is planned")
+    models = []
+    for name, read, published in (("clip", read_clip_config, CLIPS), ("bart", read_bart_config, BARTS)):
+        size = config.plan[name]
+        if config[name]:
+            models.append(read(model_directory(config[name])))
+        elif size in published:
+            models.append(published[size])
+        else:
+            raise UserError(
+                f"config.{name} is empty; name a directory, or with config.plan.{name} one of {', '.join(published)}"
+            )
+    return task_of(config, *models)
+
+
+def abstract_batch(config: ConfigDict, task: Task, mesh: Mesh) -> Batch:
+    """A batch's shapes, dtypes and shardings, as the pipeline makes it."""
+    rows, data, layout = config.batch_size, config.data, sharding.over_batch(mesh)
+
+    def array(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=layout)
+
+    def texts(**lengths: int) -> dict[str, jax.ShapeDtypeStruct]:
+        ids = {f"{name}_ids": array(length, dtype=jnp.int32) for name, length in lengths.items() if length}
+        masks = {f"{name}_mask": array(length, dtype=jnp.bool) for name, length in lengths.items() if length}
+        return {**ids, **masks, "target_mask": array(lengths["text"], dtype=jnp.bool)}
+
+    clip = task.configs["clip"]
+    replay = None
+    if task.mixes_replay:
+        lengths = {"text": data.text_length, "source": data.replay_length, "context": data.context_length}
+        replay = Batch(**texts(**lengths))
+    return Batch(
+        pixels=array(clip.vision.image_size, clip.vision.image_size, 3, dtype=jnp.uint8),
+        replay=replay,
+        **texts(text=data.text_length, source=data.source_length, clip=clip.text.max_position_embeddings),
+    )
+
+
+def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
+    """The mesh of `config.mesh` over the chips of a topology, or the devices here.
+
+    Raises:
+      UserError: no such topology, libtpu is missing, or sizes that do not fit.
+    """
+    if topology == LOCAL:
+        return sharding.make_mesh(config.mesh)
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise UserError(f"--topology={topology}: write local, or GENERATION:AxB or AxBxC with {', '.join(CHIPS)}")
+    if find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise UserError("vlkd plan for a TPU needs libtpu, which is not installed: pip install 'vlkd_jax[plan]'")
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # of libtpu, of several kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--topology={topology}: libtpu does not know it ({reason})") from error
+    sizes, count = sharding.mesh_sizes(config.mesh, len(described.devices)), len(described.devices)
+    if math.prod(sizes) != count:
+        raise UserError(f"config.mesh uses {math.prod(sizes)} of the {count} chips of {topology}; use them all")
+    return topologies.make_mesh(described, tuple(sizes), sharding.AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled train step.
+
+    Attributes:
+      flops: of a step on all chips together: products of matrices and convolutions, recomputed ones among them.
+      bytes: of each chip: "parameters" (trained and frozen), "optimizer", "batch", "temporaries" (activations,
+        gradients, buffers).
+      collectives: kind -> bytes that each chip sends in a step.
+      limit: bytes that the compiler had for all this; None: it did not say.
+      seconds: that compiling took.
+    """
+
+    flops: float
+    bytes: dict[str, int]
+    collectives: dict[str, float]
+    limit: int | None
+    seconds: float
+
+
+def compile_step(config: ConfigDict, task: Task, mesh: Mesh) -> Program:
+    """The step as training jits it, compiled for a mesh whose devices need not be there."""
+    since = time.monotonic()
+    optimizer = make_optimizer(config.optim, config.steps, task.new)
+    state, frozen = abstract_state(task, optimizer, mesh), sharding.laid_out(task.abstract()[1], mesh)
+    sharding.check_rules([state.parts(), frozen])
+    batch = abstract_batch(config, task, mesh)
+    step = make_train_step(task, optimizer, config.dropout, config.seed, config.accumulate)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+    known = {
+        "parameters": _shard_bytes([state.params, frozen]),
+        "optimizer": _shard_bytes([state.opt_state]),
+        "batch": _shard_bytes([batch]),
+    }
+    with jax.set_mesh(mesh):
+        traced = jax.jit(step, donate_argnums=0, out_shardings=layout).trace(state, frozen, batch)
+        flops = count_flops(traced.jaxpr.jaxpr)
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            return _too_large(error, flops, known, time.monotonic() - since)
+    memory = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    temporaries += max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    traffic = collective_bytes(compiled.as_text())
+    return Program(flops, known | {"temporaries": temporaries}, traffic, None, time.monotonic() - since)
+
+
+def _too_large(error: Exception, flops: float, known: dict[str, int], seconds: float) -> Program:
+    """What the TPU compiler says of a program that it refuses because it does not fit."""
+    match = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+    if not match:
+        raise error
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    used, limit = (int(float(match[k]) * units[match[k + 1]]) for k in (1, 3))
+    return Program(flops, known | {"temporaries": max(0, used - sum(known.values()))}, {}, limit, seconds)
+
+
+def _shard_bytes(trees: Any) -> int:
+    """Bytes of a device's parts."""
+    leaves = jax.tree.leaves(trees)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Multiplications and additions of every matrix product and convolution of a program, its loops run to their end.
+
+    Of the branches of a condition the largest counts; a loop without a known length counts once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel, spec = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
+        elif name == "cond":
+            total += max(count_flops(branch.jaxpr) for branch in parameters["branches"])
+        else:
+            times = parameters["length"] if name == "scan" else 1
+            total += times * sum(count_flops(inner) for inner in jaxprs_in_params(parameters))
+    return total
+
+
+SENT = {
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "all-gather": lambda size, n: size * (n - 1) / n,
+    "reduce-scatter": lambda size, n: size * (n - 1),
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+}
+"""Kind -> bytes that each of n devices sends around a ring, by the bytes of its result."""
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+
+
+def collective_bytes(hlo: str) -> dict[str, float]:
+    """Bytes that each device sends in one run of a compiled program, by kind of collective.
+
+    A loop's body counts as often as the compiler says that it runs.
+    """
+    sent: dict[str, dict[str, float]] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    entry_name, name = "", ""
+    for line in hlo.splitlines():
+        if header := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = header[2]
+            entry_name = name if header[1] else entry_name
+            sent[name], calls[name] = collections.Counter(), []
+            continue
+        operation = _OPERATION.match(line)
+        if not operation or not name:
+            continue
+        result, kind, rest = operation.groups()
+        kind = kind.removesuffix("-start")
+        if kind in SENT:
+            sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(result)]
+            size = max(sizes) if operation[2].endswith("-start") else sum(sizes)  # it also names what goes in
+            sent[name][kind] += SENT[kind](size, _group_size(rest))
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+        for callee in re.findall(r"(?:calls|to_apply|body|async_computation)=%?([\w.\-]+)", rest):
+            calls[name].append((callee, int(trips[1]) if kind == "while" and trips else 1))
+    total: dict[str, float] = collections.Counter()
+    waiting = [(entry_name, 1)]
+    while waiting:
+        name, times = waiting.pop()
+        for kind, size in sent.get(name, {}).items():
+            total[kind] += times * size
+        waiting += [(callee, times * count) for callee, count in calls.get(name, [])]
+    return dict(total)
+
+
+def _bytes_of(dtype: str, dimensions: str) -> int:
+    bits = 8 if dtype == "pred" or dtype.startswith("f8") else 16 if dtype == "bf16" else int(dtype[1:])
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
+
+
+def _group_size(text: str) -> int:
+    """Devices that take part together, from an operation's text in any of the three ways to write it.
+
+    Raises:
+      ValueError: a fourth way; a figure would be wrong.
+    """
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if "source_target_pairs=" in text:
+        return 2
+    raise ValueError(f"no replica_groups that this knows: {text[:200]}")
+
+
+def plan(config: ConfigDict, topology: str, utilisation: float) -> dict[str, Any]:
+    """What `--json` prints.
+
+    Args:
+      utilisation: share of the chips' peak that a step's operations reach.
+
+    Raises:
+      UserError: a config, models or a topology that cannot be planned.
+    """
+    check_config(config)
+    mesh, task = topology_mesh(config, topology), planned_task(config)
+    check_batch_size(config, mesh)
+    program = compile_step(config, task, mesh)
+    chip, total = CHIPS.get(topology.partition(":")[0]), sum(program.bytes.values())
+    limit = program.limit or (chip.memory if chip else None)
+    result = {
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "chips": mesh.size,
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "fits": total <= limit if limit else None,
+        "bytes_per_chip": total,
+        "bytes_by_kind": program.bytes,
+        "memory_per_chip": limit,
+        "flops_per_step": program.flops,
+        "collective_bytes": sum(program.collectives.values()),
+        "collectives": program.collectives,
+        "compile_seconds": round(program.seconds, 1),
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+    }
+    return result | _speed(result, chip, utilisation)
+
+
+def _speed(result: dict[str, Any], chip: Chip | None, utilisation: float) -> dict[str, Any]:
+    """Figures that hang on the chip's documented speed; None where it is not known or the program does not fit."""
+    names = ("compute_seconds", "network_seconds", "images_per_second", "bound", "chip_hours_per_cc3m_epoch")
+    if chip is None or not result["fits"]:
+        return {"utilisation": utilisation, **dict.fromkeys(names)}
+    compute = result["flops_per_step"] / (result["chips"] * chip.flops * utilisation)
+    network = result["collective_bytes"] / chip.link
+    images = result["batch_size"] / max(compute, network)  # the two overlap where the compiler can do it
+    hours = CC3M / images * result["chips"] / 3600
+    values = compute, network, images, "network" if network > compute else "compute", hours
+    return {"utilisation": utilisation, **dict(zip(names, values, strict=True))}
+
+
+def advice(result: dict[str, Any], config: ConfigDict) -> list[str]:
+    """What to change where a step does not fit, the cheapest first."""
+    if result["fits"] is not False:
+        return []
+    over, kinds = result["bytes_per_chip"] - result["memory_per_chip"], result["bytes_by_kind"]
+    lines = [f"{_gib(over)} GiB too much"]
+    if not config.remat:
+        lines.append("--config.remat=True recomputes layers instead of keeping them")
+    elif config.remat_policy != "nothing":
+        lines.append("--config.remat_policy=nothing keeps less of each layer")
+    parts = 2 ** math.ceil(math.log2(max(2.0, kinds["temporaries"] / max(1, kinds["temporaries"] - over))))
+    lines.append(f"--config.accumulate={config.accumulate * parts} computes the batch in parts")
+    held = kinds["parameters"] + kinds["optimizer"]
+    if result["mesh"]["fsdp"] < result["chips"] and held > over / 2:
+        lines.append(f"--mesh=data=1,fsdp={result['chips']} splits parameters and moments over all chips")
+    return [*lines, "or more chips"]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def table(result: dict[str, Any], config: ConfigDict) -> str:
+    """One topology's plan as text."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+    limit = result["memory_per_chip"]
+    rows = [
+        ("fits", {True: "yes", False: "NO", None: "not known here"}[result["fits"]]),
+        ("bytes per chip", f"{_gib(result['bytes_per_chip'])} GiB" + (f" of {_gib(limit)}" if limit else "")),
+        *((f"  {kind}", f"{_gib(size)} GiB") for kind, size in result["bytes_by_kind"].items()),
+        ("flops per step", f"{result['flops_per_step']:.3e}"),
+        ("sent by each chip in a step", f"{_gib(result['collective_bytes'])} GiB"),
+        *((f"  {kind}", f"{_gib(size)} GiB") for kind, size in result["collectives"].items()),
+    ]
+    if result["images_per_second"]:
+        rows += [
+            (f"images/s at {result['utilisation']:.0%} of peak", f"{result['images_per_second']:,.0f}"),
+            (
+                "bound by",
+                f"{result['bound']} ({result['compute_seconds']:.2f} s, network {result['network_seconds']:.2f} s)",
+            ),
+            (f"chip-hours for an epoch of CC3M ({CC3M:,})", f"{result['chip_hours_per_cc3m_epoch']:.1f}"),
+        ]
+    width = max(len(name) for name, _ in rows)
+    head = f"{result['topology']}: {result['chips']} chips ({axes}), batch {result['batch_size']:,}"
+    return "\n".join([head, *(f"  {name:{width}}  {value}" for name, value in rows), *advice(result, config)])
+
+
+def sweep_table(results: list[dict[str, Any]]) -> str:
+    """A line for each topology; efficiency is images/s a chip against the first of the same kind of chip that fits."""
+    head = [
+        "topology",
+        "mesh",
+        "fits",
+        "GiB a chip",
+        "images/s",
+        "a chip",
+        "efficiency",
+        "bound by",
+        "chip-hours an epoch",
+    ]
+    first: dict[str, float] = {}
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        axes = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "1"
+        cells = [result["topology"], axes, "yes" if result["fits"] else "no", _gib(result["bytes_per_chip"])]
+        images = result["images_per_second"]
+        if images:
+            each = images / result["chips"]
+            reference = first.setdefault(result["topology"].partition(":")[0], each)
+            cells += [f"{images:,.0f}", f"{each:,.0f}", f"{each / reference:.0%}", result["bound"]]
+            cells.append(f"{result['chip_hours_per_cc3m_epoch']:.1f}")
+        lines.append(cells + ["-"] * (len(head) - len(cells)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_mesh(config: ConfigDict, text: str | None) -> ConfigDict:
+    """The config with the axes of `--mesh`; those that it does not name are 1."""
+    if not text:
+        return config
+    if not re.fullmatch(r"\w+=-?\d+(,\w+=-?\d+)*", text):
+        raise UserError(f"--mesh={text}: write data=N,fsdp=N,model=N, or some of them")
+    given = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    if unknown := set(given) - set(sharding.AXES):
+        raise UserError(f"--mesh={text}: no axis {', '.join(sorted(unknown))}; they are {', '.join(sharding.AXES)}")
+    for axis in sharding.AXES:
+        config.mesh[axis] = given.get(axis, 1)
+    return config
+
+
+def main() -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    config = _with_mesh(values.config, values.mesh)
+    if not 0 < values.utilisation <= 1:
+        raise UserError(f"--utilisation={values.utilisation}: it is a share of the peak, above 0 and at most 1")
+    if not values.sweep:
+        if not values.topology:
+            raise UserError("give --topology, such as v5e:4x4, or --sweep")
+        result = plan(config, values.topology, values.utilisation)
+        tell(json.dumps(result) if values.json else table(result, config))
+        return
+    results = []
+    for topology in (values.topology or ",".join(SWEEP)).split(","):
+        results.append(plan(config, topology, values.utilisation))
+        if not values.json:
+            say(f"{topology} compiled in {results[-1]['compile_seconds']:.0f} s")
+    tell(json.dumps(results) if values.json else sweep_table(results))
+
+
+if __name__ == "__main__":
+    entry.run(main, COMMANDS["plan"])
