@@ -127,7 +127,8 @@ def test_two_processes_train_as_one(assets, two, tmp_path):
 
 def test_one_process_writes_and_speaks(two):
     workdir, ended = two
-    assert {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
+    kept = {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints", "parents"}
+    assert kept == set(os.listdir(workdir))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in ended.outputs]
     assert any("step 6/6" in line for line in lines[0]) and "8 device(s) (data 2 x fsdp 4)" in ended.outputs[0]

@@ -128,7 +128,8 @@ def test_what_a_run_leaves(whole_run):
     workdir, state = whole_run.workdir, whole_run.state
     assert int(state.step) == 6 and int(state.skipped) == 0
     assert steps_of(workdir) == [3, 6]
-    assert {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints"} == set(os.listdir(workdir))
+    kept = {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints", "parents"}
+    assert kept == set(os.listdir(workdir))
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     lines = metrics_of(workdir)
     assert [line["step"] for line in lines] == [2, 3, 4, 5, 6]  # the first step compiles: its rate would mislead
