@@ -14,13 +14,14 @@ from tiny import command_line, make_mesh, options, tiny_config
 
 from vlkd_jax import plan, sharding
 from vlkd_jax.configs import cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge
+from vlkd_jax.costs import collective_bytes, count_flops
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.models.published import BARTS, CLIPS
 
 
 def flops_of(function, *shapes):
-    return plan.count_flops(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr)
+    return count_flops(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr)
 
 
 def test_operations_are_counted_as_by_hand():
@@ -56,7 +57,7 @@ def test_traffic_is_that_of_a_ring():
 
     def sent(function, inside, outside, shape=(64, 256)):
         compiled = jax.jit(function, in_shardings=inside, out_shardings=outside).lower(jnp.zeros(shape)).compile()
-        return plan.collective_bytes(compiled.as_text())
+        return collective_bytes(compiled.as_text())
 
     assert sent(lambda x: x * 2, split, whole) == {"all-gather": size * 7 / 8}
     column_sums = sent(lambda x: x.sum(0), split, whole)
@@ -96,9 +97,9 @@ ENTRY %main (a: f32[16]) -> f32[2] {
 def test_traffic_of_a_program_text():
     """Asynchronous pairs count once, by what comes out; loops as often as they run; calls where they are called."""
     expected = {"all-gather": 24 * 8 * 128 * 2 * 7 / 8, "reduce-scatter": 2 * 4 * 7, "collective-permute": 16 * 4}
-    assert plan.collective_bytes(HLO) == expected | {"all-reduce": 2 * 16 * 4 * 3 / 4}
+    assert collective_bytes(HLO) == expected | {"all-reduce": 2 * 16 * 4 * 3 / 4}
     with pytest.raises(ValueError, match="no replica_groups that this knows"):
-        plan.collective_bytes(HLO.replace("[4,8]<=[32]", "@somewhere"))
+        collective_bytes(HLO.replace("[4,8]<=[32]", "@somewhere"))
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,14 @@ def by_open_mpi(port: int) -> list[tuple[list[str], dict[str, str]]]:
     return [([], world | dict.fromkeys(names, str(index))) for index in range(2)]
 
 
-@pytest.mark.parametrize("surroundings", [by_slurm, by_open_mpi])
+def by_jobset(port: int) -> list[tuple[list[str], dict[str, str]]]:
+    """Two jobs of one pod each, as launch/gke_jobset.yaml tells them."""
+    world = {"JOBSET_COORDINATOR": "localhost", "JOBSET_JOBS": "2", "JOBSET_PODS": "1", "JOB_COMPLETION_INDEX": "0"}
+    world |= {"JAX_COORDINATOR_PORT": str(port), "MEGASCALE_NUM_SLICES": "2"}
+    return [([], world | dict.fromkeys(("JOBSET_JOB_INDEX", "MEGASCALE_SLICE_ID"), str(index))) for index in range(2)]
+
+
+@pytest.mark.parametrize("surroundings", [by_slurm, by_open_mpi, by_jobset])
 def test_processes_that_jax_finds_by_itself_and_what_they_tell_one_another(surroundings, port):
     with running(*surroundings(port)) as started:
         assert endings(started) == [(0, "met 0\n", ""), (0, "met 1\n", "")]
@@ -339,7 +346,7 @@ def test_a_port_that_is_taken_or_no_answer_of_ours(port):
 def test_flags_that_do_not_fit(given, told, monkeypatch):
     monkeypatch.setattr(cluster, "_start", lambda *_, **__: pytest.fail("it started"))
     with pytest.raises(UserError, match=re.escape(told)):
-        cluster.initialize(*given, 1)
+        cluster.initialize(*given, 1, 300)
     assert runtime.process_index() is None
 
 
@@ -364,6 +371,42 @@ def test_a_signal_ends_the_wait_for_others(port):
         assert endings(started) == [(143, "", "stopped by SIGTERM\n")] * 2
 
 
+POD = {"JOBSET_COORDINATOR": "run-workers-0-0.run", "JOBSET_JOBS": "3", "JOBSET_JOB_INDEX": "2", "JOBSET_PODS": "4"}
+POD |= {"JOB_COMPLETION_INDEX": "1"}
+
+
+def test_a_pod_of_a_jobset(monkeypatch, nothing_around):
+    """Pods are counted job by job, as TPU slices are."""
+    assert cluster.jobset() is None
+    for name, value in POD.items():
+        monkeypatch.setenv(name, value)
+    assert cluster.jobset() == ("run-workers-0-0.run:8476", 12, 9)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "8482")
+    assert cluster.jobset() == ("run-workers-0-0.run:8482", 12, 9)
+    with pytest.raises(
+        UserError, match=r"process 9 could not meet process 0 at --coordinator=run-workers-0-0\.run:8482"
+    ):
+        cluster.initialize(None, None, None, 1, 300)  # its name is not known (yet)
+    runtime._Process.index = None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"MEGASCALE_NUM_SLICES": "4"}, "MEGASCALE_NUM_SLICES is 4 and the JobSet's JOBSET_JOBS is 3; restart the"),
+        ({"MEGASCALE_SLICE_ID": "0"}, "MEGASCALE_SLICE_ID is 0 and the JobSet's JOBSET_JOB_INDEX is 2; restart the"),
+        ({"JOBSET_PODS": ""}, "JOBSET_PODS missing beside JOBSET_COORDINATOR; see launch/gke_jobset.yaml"),
+        ({"JOBSET_COORDINATOR": ""}, "JOBSET_COORDINATOR missing beside"),
+    ],
+)
+def test_a_pod_with_figures_that_do_not_fit(changes, told, monkeypatch, nothing_around):
+    """As a pod has that replaces another one of an earlier, smaller or larger run."""
+    for name, value in (POD | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        cluster.initialize(None, None, None, 1, 300)
+
+
 SURROUNDINGS = [
     ({}, None),
     ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM"),
@@ -384,7 +427,7 @@ SURROUNDINGS = [
 @pytest.fixture
 def nothing_around(monkeypatch):
     for name in [*os.environ]:
-        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_PLATFORMS")):
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JOBSET_", "JAX_PLATFORMS")):
             monkeypatch.delenv(name)
 
 

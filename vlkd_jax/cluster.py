@@ -2,8 +2,8 @@
 
 JAX's own start ends in an abort of its C++ runtime when a port is taken, a process is missing or the counts disagree.
 So the processes first meet at the coordinator's address with plain sockets, where each of these is one line
-(`_take_roll`, `_answer_roll`); then JAX starts on the same port. Where JAX finds the others by itself (SLURM, Open MPI,
-TPU) there is no such meeting, only the time limit.
+(`_take_roll`, `_answer_roll`); then JAX starts on the same port. Pods of a JobSet know that address from their
+surroundings. Where JAX finds the others by itself (SLURM, Open MPI, TPU) there is no such meeting, only the time limit.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from vlkd_jax.processes import check_alike, differences
 
 Told = dict[str, Any]
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "vlkd_jax")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "vlkd_jax")
 """What has to be of one version in all processes, beside Python."""
-HEARTBEAT_SECONDS = 300
-"""After how long without a sign of life JAX gives a process up. A compile that takes every core may starve the sign."""
+PORT = 8476
+"""Of a JobSet's coordinator, where JAX_COORDINATOR_PORT names no other; firewalls of TPU networks open it."""
+JOBSET = ("JOBSET_COORDINATOR", "JOBSET_JOBS", "JOBSET_JOB_INDEX", "JOBSET_PODS", "JOB_COMPLETION_INDEX")
+"""What a pod of launch/gke_jobset.yaml is told: coordinator's host, jobs, its job, pods a job, its pod in that job."""
 SHUTDOWN_SECONDS = 24 * 3600
 """How long the processes that are done wait for one that still writes; one that is gone is noticed by its heartbeat."""
 GREETING_BYTES, GREETING_SECONDS = 1 << 16, 5.0
@@ -52,6 +54,7 @@ def initialize(
     processes: int | None,
     process: int | None,
     seconds: float,
+    heartbeat: int,
     check_devices: Callable[[], object] = jax.devices,
 ) -> None:
     """Starts JAX over several processes where there are several; no device may have been touched before.
@@ -61,18 +64,24 @@ def initialize(
       processes: how many there are.
       process: which of them this is, from 0.
       seconds: how long each waits for the others.
+      heartbeat: after how many seconds without a sign of life JAX gives a process up. A compile that takes every core
+        may starve the sign.
       check_devices: touches the devices, whereupon the processes tell one another of theirs.
 
     Raises:
       UserError: the three are not given together; the coordinator cannot be reached in time; its port is taken; counts
-        or versions differ.
+        or versions differ; surroundings that contradict themselves.
     """
+    if coordinator is processes is process is None:
+        coordinator, processes, process = jobset() or (None, None, None)
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         cluster = surroundings()
         if cluster:
-            _start(f"the coordinator that JAX found through {cluster}", seconds, check_devices)
+            port = os.environ.get("JAX_COORDINATOR_PORT", "of JAX's choice, JAX_COORDINATOR_PORT names another")
+            where = f"the coordinator that JAX found through {cluster} (port {port})"
+            _start(where, seconds, heartbeat, check_devices)
             check_alike(versions())
         return
     if missing:
@@ -91,7 +100,7 @@ def initialize(
     left = max(seconds - (time.monotonic() - began), 1.0)
     where = f"--coordinator={coordinator}, where all processes had met"
     address = (coordinator, processes, process)
-    _start(where, left, check_devices, *address, cluster_detection_method="deactivate")
+    _start(where, left, heartbeat, check_devices, *address, cluster_detection_method="deactivate")
 
 
 def check_started() -> None:
@@ -114,6 +123,27 @@ def surroundings() -> str | None:
         return None
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or _tpu_vms()
     return "TPU" if "," in hosts or _number("MEGASCALE_NUM_SLICES") > 1 else None
+
+
+def jobset() -> tuple[str, int, int] | None:
+    """Coordinator, number of processes and index of this pod of a JobSet; None: it is none.
+
+    Raises:
+      UserError: a variable of `JOBSET` is missing or no number, or the TPU's own figures (MEGASCALE_*) are others, as
+        after a pod was replaced: this one would wait for slices that never come.
+    """
+    if "JOBSET_COORDINATOR" not in os.environ:
+        return None
+    host, *counts = (os.environ.get(name, "") for name in JOBSET)
+    wrong = [name for name, value in zip(JOBSET[1:], counts) if not value.isdecimal()]
+    if wrong or not host:
+        raise UserError(f"{', '.join(wrong) or JOBSET[0]} missing beside {JOBSET[0]}; see launch/gke_jobset.yaml")
+    jobs, job, pods, pod = map(int, counts)
+    for name, value, ours in (("MEGASCALE_NUM_SLICES", jobs, JOBSET[1]), ("MEGASCALE_SLICE_ID", job, JOBSET[2])):
+        told = os.environ.get(name)
+        if told and told != str(value):
+            raise UserError(f"{name} is {told} and the JobSet's {ours} is {value}; restart the JobSet as a whole")
+    return f"{host}:{os.environ.get('JAX_COORDINATOR_PORT', PORT)}", jobs * pods, job * pods + pod
 
 
 def _number(variable: str) -> int:
@@ -146,7 +176,14 @@ def _address(coordinator: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _start(where: str, seconds: float, check_devices: Callable[[], object], *address: Any, **settings: Any) -> None:
+def _start(
+    where: str,
+    seconds: float,
+    heartbeat: int,
+    check_devices: Callable[[], object],
+    *address: Any,
+    **settings: Any,
+) -> None:
     """Starts JAX; where that fails or lasts, one line and exit code 2."""
     who = runtime.whose()
     mend = (
@@ -159,7 +196,7 @@ def _start(where: str, seconds: float, check_devices: Callable[[], object], *add
     timer.daemon = True
     timer.start()
     try:
-        _start_jax(where, mend, seconds, *address, **settings)
+        _start_jax(where, mend, seconds, *address, heartbeat_timeout_seconds=heartbeat, **settings)
         check_devices()
         runtime.set_process(jax.process_index())
     finally:
@@ -174,7 +211,6 @@ def _start_jax(where: str, mend: str, seconds: float, *address: Any, **settings:
         jax.distributed.initialize(
             *address,
             initialization_timeout=int(seconds) + 60,  # at its own limit it aborts
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             **settings,
         )

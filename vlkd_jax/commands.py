@@ -72,10 +72,18 @@ class Command:
 
 
 PROCESSES = (
-    Option("coordinator", "HOST:PORT", "address of process 0; SLURM, Open MPI and TPU pods need none of these three"),
+    Option("coordinator", "HOST:PORT", "address of process 0; SLURM, Open MPI, JobSets, TPU pods tell these three"),
     Option("processes", "N", "how many processes run this command together", kind="integer", minimum=1),
     Option("process", "I", "which of them this is, from 0", kind="integer", minimum=0),
     Option("start_seconds", "N", "how long each waits for the others", kind="integer", default=300, minimum=1),
+    Option(
+        "heartbeat_seconds",
+        "N",
+        "silence after which one is given up; longer than compiling",
+        kind="integer",
+        default=300,
+        minimum=1,
+    ),
 )
 """Options of a command that several processes can run together."""
 
@@ -278,6 +286,7 @@ COMMANDS = {
             JSON,
         ),
         example="--config=cc3m_vitl14_bartlarge --topology=v5e:4x4",
+        needs_device=False,
     ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",

@@ -220,6 +220,8 @@ def main() -> None:
         raise UserError("give --checkpoint=DIR, or --clip=DIR and --bart=DIR for a student before distillation")
     check_suites(suites)
     exported = bool(checkpoint) and is_student(checkpoint)
+    if exported and any(pair.values()):
+        raise UserError(f"{checkpoint}: an export, which holds its models; leave --clip and --bart out")
     seed = run_config(checkpoint).seed if checkpoint and not exported else 0
     items, results = read_items(suites), {}
     workdir, mesh = locate(flags.FLAGS.workdir), make_mesh(suites.mesh)

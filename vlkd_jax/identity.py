@@ -112,24 +112,33 @@ def record_inputs(workdir: str | os.PathLike[str], inputs: Hashes) -> None:
     processes.on_first(lambda: write_atomic(path, text.encode()))
 
 
-def keep_models(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def keep_models(workdir: str | os.PathLike[str], config: ConfigDict, anew: bool) -> None:
     """Copies the models a run starts from into its workdir, as `config.keep_teacher` says, but those of the package.
 
-    What is there already is left. Every process calls this, process 0 copies.
+    Every process calls this, process 0 copies.
+
+    Args:
+      anew: the run begins, maybe again and with other models: copies of an earlier begin are deleted. Otherwise what is
+        there is left.
 
     Raises:
       UserError: `yes` for a workdir in an object store, from which no model is read; the copy cannot be written.
     """
-    if config.keep_teacher == "no" or (is_remote(workdir) and config.keep_teacher == "auto"):
-        return
     if is_remote(workdir):
-        raise UserError(f"config.keep_teacher is yes: models are not read from {workdir}; set it to no")
+        if config.keep_teacher == "yes":
+            raise UserError(f"config.keep_teacher is yes: models are not read from {workdir}; set it to no")
+        return
     named = [name for name in MODELS if config[name] and not config[name].startswith(BUILTIN)]
     given = {name: model_directory(config[name]) for name in named}
-    processes.on_first(lambda: _keep_models(Path(os.fspath(locate(workdir))) / PARENTS, given, config.keep_teacher))
+    parents = Path(os.fspath(locate(workdir))) / PARENTS
+    processes.on_first(lambda: _keep_models(parents, given, config.keep_teacher, anew))
 
 
-def _keep_models(parents: Path, given: dict[str, Path], keep: str) -> None:
+def _keep_models(parents: Path, given: dict[str, Path], keep: str, anew: bool) -> None:
+    if anew:
+        shutil.rmtree(parents, ignore_errors=True)
+    if keep == "no":
+        return
     size = sum((path / name).stat().st_size for path in given.values() for name in files_read(path))
     if keep == "auto" and size > KEPT_BYTES:
         say(

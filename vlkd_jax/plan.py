@@ -6,18 +6,10 @@ Compiles the real train step for a TPU topology (libtpu, which needs no TPU for 
 
 from __future__ import annotations
 
-import os
-import sys
-
-if not any(argument.split("=")[-1] == "local" for argument in sys.argv):
-    os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed, jax would else look for a TPU
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor ask the cloud which machine this is
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
-import collections
 import dataclasses
 import json
 import math
+import os
 import re
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -27,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlkd_jax import entry, sharding
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import model_directory
+from vlkd_jax.costs import collective_bytes, count_flops
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import read_bart_config, read_clip_config
 from vlkd_jax.metrics import say
@@ -134,6 +126,8 @@ def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
         raise UserError(f"--topology={topology}: write local, or GENERATION:AxB or AxBxC with {', '.join(CHIPS)}")
     if find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError("vlkd plan for a TPU needs libtpu, which is not installed: pip install 'vlkd_jax[plan]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the cloud which machine this is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     try:
@@ -209,101 +203,6 @@ def _shard_bytes(trees: Any) -> int:
     """Bytes of a device's parts."""
     leaves = jax.tree.leaves(trees)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def count_flops(jaxpr: Any) -> float:
-    """Multiplications and additions of every matrix product and convolution of a program, its loops run to their end.
-
-    Of the branches of a condition the largest counts; a loop without a known length counts once.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, parameters = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = parameters["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel, spec = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
-        elif name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in parameters["branches"])
-        else:
-            times = parameters["length"] if name == "scan" else 1
-            total += times * sum(count_flops(inner) for inner in jaxprs_in_params(parameters))
-    return total
-
-
-SENT = {
-    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
-    "all-gather": lambda size, n: size * (n - 1) / n,
-    "reduce-scatter": lambda size, n: size * (n - 1),
-    "all-to-all": lambda size, n: size * (n - 1) / n,
-    "collective-permute": lambda size, n: size,
-}
-"""Kind -> bytes that each of n devices sends around a ring, by the bytes of its result."""
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
-
-
-def collective_bytes(hlo: str) -> dict[str, float]:
-    """Bytes that each device sends in one run of a compiled program, by kind of collective.
-
-    A loop's body counts as often as the compiler says that it runs.
-    """
-    sent: dict[str, dict[str, float]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
-    entry_name, name = "", ""
-    for line in hlo.splitlines():
-        if header := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = header[2]
-            entry_name = name if header[1] else entry_name
-            sent[name], calls[name] = collections.Counter(), []
-            continue
-        operation = _OPERATION.match(line)
-        if not operation or not name:
-            continue
-        result, kind, rest = operation.groups()
-        kind = kind.removesuffix("-start")
-        if kind in SENT:
-            sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(result)]
-            size = max(sizes) if operation[2].endswith("-start") else sum(sizes)  # it also names what goes in
-            sent[name][kind] += SENT[kind](size, _group_size(rest))
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-        for callee in re.findall(r"(?:calls|to_apply|body|async_computation)=%?([\w.\-]+)", rest):
-            calls[name].append((callee, int(trips[1]) if kind == "while" and trips else 1))
-    total: dict[str, float] = collections.Counter()
-    waiting = [(entry_name, 1)]
-    while waiting:
-        name, times = waiting.pop()
-        for kind, size in sent.get(name, {}).items():
-            total[kind] += times * size
-        waiting += [(callee, times * count) for callee, count in calls.get(name, [])]
-    return dict(total)
-
-
-def _bytes_of(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" or dtype.startswith("f8") else 16 if dtype == "bf16" else int(dtype[1:])
-    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
-
-
-def _group_size(text: str) -> int:
-    """Devices that take part together, from an operation's text in any of the three ways to write it.
-
-    Raises:
-      ValueError: a fourth way; a figure would be wrong.
-    """
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if "source_target_pairs=" in text:
-        return 2
-    raise ValueError(f"no replica_groups that this knows: {text[:200]}")
 
 
 def plan(config: ConfigDict, topology: str, utilisation: float) -> dict[str, Any]:
@@ -456,9 +355,11 @@ def main() -> None:
     config = _with_mesh(values.config, values.mesh)
     if not 0 < values.utilisation <= 1:
         raise UserError(f"--utilisation={values.utilisation}: it is a share of the peak, above 0 and at most 1")
+    if not values.topology and not values.sweep:
+        raise UserError("give --topology, such as v5e:4x4, or --sweep")
+    if values.topology != LOCAL:
+        jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU here
     if not values.sweep:
-        if not values.topology:
-            raise UserError("give --topology, such as v5e:4x4, or --sweep")
         result = plan(config, values.topology, values.utilisation)
         tell(json.dumps(result) if values.json else table(result, config))
         return

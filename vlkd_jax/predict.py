@@ -188,7 +188,7 @@ def _image_memory(model: VLKD, images: tuple[np.ndarray, np.ndarray] | None) -> 
     if images is None:
         return None
     pixels, image_of = images
-    models = model.student, model.teacher, model.image_tokens, model.params, model.clip_params
+    models = model.student, model.teacher, model.config.image_tokens, model.params, model.clip_params
     return _on_mesh(model, _project_images, models, (pixels,)), image_of
 
 

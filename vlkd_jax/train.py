@@ -109,7 +109,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             abstract = abstract_state(task, optimizer, mesh)
             frozen = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))
             sharding.check_rules([abstract.parts(), frozen])
-            keep_models(directory, config)
+            keep_models(directory, config, anew=checkpoints.latest() is None)
             if checkpoints.latest() is None:
                 record_inputs(directory, inputs)
                 params = task.load_params(sharding.shardings(task.abstract()[0], mesh))

@@ -65,7 +65,6 @@ class VLKD:
       teacher, clip_params: CLIP; clip_text: its tokenizer; None where there is only a BART.
       configs: "bart" and "clip", as their directories have them.
       mesh: the devices that hold the parameters; batches are spread over them.
-      image_tokens: which of the teacher's image tokens the student reads.
       config: what an export says of the student; None where there is only a BART.
       identity: where it comes from: {"directory", "step", "sha256" of the checkpoint, "inputs": sha256 of the files it
         began with, "preprocessing_sha256" of how pictures become pixels}.
@@ -81,7 +80,6 @@ class VLKD:
     teacher: Clip | None = None
     clip_params: Params | None = None
     clip_text: ClipText | None = None
-    image_tokens: str = "projected"
     config: StudentConfig | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -107,7 +105,6 @@ class VLKD:
             teacher=task.teacher,
             clip_params=frozen["clip"],
             clip_text=task.encoder.clip_text,
-            image_tokens=task.image_tokens,
             config=task.student,
             **common,
         )
@@ -185,7 +182,6 @@ class VLKD:
             teacher=Clip(config.clip),
             clip_params=params["clip"],
             clip_text=clip_text,
-            image_tokens=config.image_tokens,
             config=config,
             identity={
                 "directory": os.fspath(directory.absolute()),

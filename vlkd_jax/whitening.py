@@ -39,7 +39,7 @@ def estimate(task: Task, clip_params: Params, stream: Iterator[Batch], mesh: jax
     ) -> tuple[Float32[Array, " D"], Float32[Array, "D D"]]:
         normalised = normalize_pixels(pixels, task.teacher.config.preprocessing)
         output = task.teacher.apply({"params": params}, normalised, method="encode_images")
-        tokens = select_tokens(output, task.image_tokens).astype(jnp.float32)
+        tokens = select_tokens(output, task.student.image_tokens).astype(jnp.float32)
         outer = jnp.einsum("bnd,bne->de", tokens, tokens, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(tokens, (0, 1)) / tokens.shape[1], outer / tokens.shape[1]
 

@@ -39,6 +39,13 @@ def output_directory(path: str | os.PathLike[str], flag: str = "--workdir") -> P
     return make_directory(Path(path), flag)
 
 
+def new_directory(path: Path) -> Path:
+    """As `output_directory` of `--output`; what has files in it is refused."""
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: not empty; name another --output, so that nothing is lost")
+    return output_directory(path, "--output")
+
+
 @contextlib.contextmanager
 def claim(
     workdir: str | os.PathLike[str],

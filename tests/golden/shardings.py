@@ -6,30 +6,16 @@
 import importlib
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 
 from vlkd_jax import sharding
-from vlkd_jax.hf.names import parameter_shapes
-from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
-from vlkd_jax.models.vlkd import NEW, Student
 from vlkd_jax.optim import make_optimizer
+from vlkd_jax.plan import planned_task
 from vlkd_jax.train import abstract_state
 
 DIRECTORY = Path(__file__).parent
-BART_LARGE = BartConfig(50265, 1024, 12, 12, 16, 16, 4096, 4096)
-CLIPS = {
-    "cc3m_vitb16_bartlarge": ClipConfig(
-        ClipVisionConfig(768, 3072, 12, 12, image_size=224, patch_size=16), ClipTextConfig(49408, 512, 2048, 12, 8), 512
-    ),
-    "cc3m_vitl14_bartlarge": ClipConfig(
-        ClipVisionConfig(1024, 4096, 24, 16, image_size=224, patch_size=14),
-        ClipTextConfig(49408, 768, 3072, 12, 12),
-        768,
-    ),
-}
-"""The published sizes of each config's teacher."""
+CONFIGS = ("cc3m_vitb16_bartlarge", "cc3m_vitl14_bartlarge")
 
 
 def table(name: str) -> str:
@@ -37,12 +23,9 @@ def table(name: str) -> str:
     config = importlib.import_module(f"vlkd_jax.configs.{name}").get_config()
     count = {axis: 8 if config.mesh[axis] == -1 else config.mesh[axis] for axis in sharding.AXES}
     mesh = jax.sharding.AbstractMesh(tuple(count.values()), sharding.AXES)
-    clip = CLIPS[name]
-    student = Student(BART_LARGE, clip.projection_dim, clip.projection_dim)
-    params = jax.eval_shape(student.init, jax.random.key(0), *student.example_inputs())["params"]
-    optimizer = make_optimizer(config.optim, config.steps, NEW)
-    state = abstract_state(SimpleNamespace(abstract=lambda: (params, {})), optimizer, mesh)
-    frozen = sharding.laid_out({"clip": parameter_shapes(clip)}, mesh)
+    task = planned_task(config)
+    state = abstract_state(task, make_optimizer(config.optim, config.steps, task.new), mesh)
+    frozen = sharding.laid_out(task.abstract()[1], mesh)
     trees = {**state.parts(), "frozen": frozen}
     sharding.check_rules(trees)
     rows, total = [], 0.0
@@ -60,5 +43,5 @@ def _axes(over: str | tuple[str, ...] | None) -> str:
 
 
 if __name__ == "__main__":
-    for config_name in CLIPS:
+    for config_name in CONFIGS:
         (DIRECTORY / f"{config_name}.txt").write_text(table(config_name))

@@ -17,6 +17,7 @@ from read_export import outputs
 from tiny import ROOT, arguments, command_line, environment, make_assets, tiny_config, write_pictures
 from transformers import BartForConditionalGeneration, BartTokenizer
 
+from vlkd_jax import identity
 from vlkd_jax.data.images import open_image, resize_and_crop
 from vlkd_jax.errors import UserError
 from vlkd_jax.evaluate import circumstances
@@ -358,7 +359,7 @@ def test_the_model_card(student, tmp_path):
         shutil.copytree(student.clip_text.directory.parent / name, tmp_path / "models" / name)
     (tmp_path / "models" / "clip" / "README.md").write_text("---\ntags: [vision]\nlicense: mit\n---\n# A CLIP\n")
     student = make_student(tmp_path / "models")
-    run = tiny_config(tmp_path / "models", data__source="folder", data__captions="cc3m.tsv").to_dict()
+    run = tiny_config(tmp_path / "models", data__source="folder", data__captions=str(tmp_path / "cc3m.tsv")).to_dict()
     figures = {"overall": 0.5, "overall_interval": [0.4, 0.6], "n": 100}
     evaluation = {"suites": {"vqav2": figures, "shapes": {"vqa": figures}}, **circumstances(3)}
     export(student, tmp_path / "HF", run=run, command="vlkd export --checkpoint=x", evaluation=evaluation)
@@ -404,26 +405,41 @@ def test_a_run_outlives_its_models(tmp_path, assets):
 
 
 def test_models_are_kept_as_the_config_says(tmp_path, assets, capsys, monkeypatch):
-    from vlkd_jax import identity
-
     config = tiny_config(assets)
-    identity.keep_models(tmp_path / "auto", config)
+    identity.keep_models(tmp_path / "auto", config, anew=True)
     kept = {path.name for path in (tmp_path / "auto" / "parents" / "bart").iterdir()}
     assert kept == set(identity.files_read(assets / "bart")) and "model.safetensors" in kept
     assert Path(identity.kept_model(tmp_path / "auto", "bart")) == tmp_path / "auto" / "parents" / "bart"
     config.keep_teacher = "no"
-    identity.keep_models(tmp_path / "no", config)
+    identity.keep_models(tmp_path / "no", config, anew=True)
     monkeypatch.setattr(identity, "KEPT_BYTES", 1000)
     config.keep_teacher = "auto"
-    identity.keep_models(tmp_path / "no", config)
+    identity.keep_models(tmp_path / "no", config, anew=True)
     assert "not copied into the workdir" in capsys.readouterr().out
     assert not (tmp_path / "no").exists() and identity.kept_model(tmp_path / "no", "bart") == ""
     config.keep_teacher = "yes"
-    identity.keep_models(tmp_path / "yes", config)
+    identity.keep_models(tmp_path / "yes", config, anew=True)
     assert (tmp_path / "yes" / "parents" / "clip" / "model.safetensors").is_file()
     assert not list((tmp_path / "yes" / "parents").glob("*.tmp-*"))
     with pytest.raises(UserError, match=r"keep_teacher is yes: models are not read from gs://"):
-        identity.keep_models("gs://bucket/run", config)
+        identity.keep_models("gs://bucket/run", config, anew=True)
+
+
+def test_copies_are_those_of_the_start(tmp_path, assets):
+    """A run that saved nothing may begin again with other models: then the copies are theirs; resumed, they stay."""
+    for name in ("clip", "bart"):
+        shutil.copytree(assets / name, tmp_path / name)
+    config, other = tiny_config(tmp_path), b"another"
+    identity.keep_models(tmp_path / "run", config, anew=True)
+    (tmp_path / "bart" / "merges.txt").write_bytes(other)
+    kept = Path(identity.kept_model(tmp_path / "run", "bart")) / "merges.txt"
+    identity.keep_models(tmp_path / "run", config, anew=False)
+    assert kept.read_bytes() != other
+    identity.keep_models(tmp_path / "run", config, anew=True)
+    assert kept.read_bytes() == other
+    config.keep_teacher = "no"
+    identity.keep_models(tmp_path / "run", config, anew=True)
+    assert identity.kept_model(tmp_path / "run", "bart") == ""
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_program_is_no_file_of_weights(bart, canary):
         convert(bart, bart)
 
 
-@pytest.mark.parametrize("member", ["../../canary", "/tmp/vlkd-canary", "archive/data/../../../canary"])
+@pytest.mark.parametrize("member", ["../canary", "/tmp/vlkd-canary", "archive/data/../../../canary"])
 def test_archives_write_nothing(bart, canary, member):
     """A torch file is a zip: names that leave it, and a link, are no places to write to."""
     (bart / "model.safetensors").unlink()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import IMAGE_SIZE, make_mesh, tiny_config
+from tiny import make_mesh, tiny_config
 from torch import nn
 
 from vlkd_jax import sharding
@@ -326,4 +326,3 @@ def test_what_it_cannot_do_is_one_line(network, assets, tmp_path):
             load_clip(copy)
         assert str(copy) in str(error.value) and "\n" not in str(error.value)
         shutil.rmtree(copy)
-    assert IMAGE_SIZE != SIZE

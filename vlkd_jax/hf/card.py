@@ -106,7 +106,7 @@ def _data(run: dict[str, Any]) -> str:
     data = run.get("data", {})
     if not data:
         return "Not known."
-    source = {"folder": f"captions `{data.get('captions')}`", "shapes": "the built-in world of shapes"}
+    source = {"folder": f"captions `{Path(data.get('captions', '')).name}`", "shapes": "the built-in world of shapes"}
     return (
         f"Trained on {source.get(data.get('source'), data.get('source'))}, {run.get('steps'):,} steps of "
         f"{run.get('batch_size')} pairs, seed {run.get('seed')}."

@@ -20,14 +20,13 @@ from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs.suites import CAPTION, QUESTION
 from vlkd_jax.data.sources import read_json
-from vlkd_jax.errors import UserError
 from vlkd_jax.hf.card import model_card
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
 from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, save_student
 from vlkd_jax.metrics import say
 from vlkd_jax.storage import write_atomic
 from vlkd_jax.vlkd import VLKD, run_config
-from vlkd_jax.workdir import output_directory
+from vlkd_jax.workdir import new_directory
 
 RUN = "vlkd_run.json"
 """What an export says of the run it came from: {"config", "identity", "command"}."""
@@ -56,9 +55,7 @@ def export(
     Raises:
       UserError: something lies there already.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output}: not empty; name another --output, so that nothing is lost")
-    output_directory(output, "--output")
+    new_directory(output)
     parents = {"clip": model.clip_text.directory, "bart": model.bart_text.directory}
     copy_tokenizer(parents["bart"], output)
     copy_tokenizer(parents["clip"], output / CLIP_TOKENIZER)

@@ -6,7 +6,6 @@ of the export, and in parents/ the CLIP and the student's BART.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from vlkd_jax.identity import MODELS, PARENTS, hash_inputs, record_inputs
 from vlkd_jax.metrics import say
 from vlkd_jax.models.vlkd import StudentConfig
 from vlkd_jax.storage import locate, write_atomic
-from vlkd_jax.workdir import CONFIG_FILE, output_directory
+from vlkd_jax.workdir import CONFIG_FILE, new_directory
 
 
 def import_export(directory: Path, output: Path) -> None:
@@ -39,9 +38,8 @@ def import_export(directory: Path, output: Path) -> None:
       UserError: a file of the export cannot be used, or something lies in `output` already.
     """
     config = read_student_config(directory)
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output}: not empty; name another --output, so that nothing is lost")
-    output_directory(output, "--output")
+    record = _record(directory)
+    new_directory(output)
     mesh = sharding.one_device()
     layout = sharding.replicated(mesh)
     params = load_student(directory, layout)[1]
@@ -50,26 +48,29 @@ def import_export(directory: Path, output: Path) -> None:
     save_bart(places["bart"], config.bart, whole["student"]["bart"])
     copy_tokenizer(directory / CLIP_TOKENIZER, places["clip"])
     copy_tokenizer(directory, places["bart"])
-    run = _run_config(directory, config, places)
+    run = _run_config(record["config"], config, places)
     write_atomic(output / CONFIG_FILE, (run.to_json_best_effort() + "\n").encode())
     record_inputs(output, hash_inputs(run, MODELS))
-    step = _step(directory)
+    step = record["identity"].get("step", 0)
     parts = {"params": params["student"], "step": jax.device_put(jnp.int32(step), layout)}
     with Checkpoints(locate(output) / "checkpoints") as checkpoints:
         checkpoints.save(step, parts, {"imported": os.fspath(directory.absolute())})
 
 
-def _step(directory: Path) -> int:
-    path = directory / RUN
-    step = read_json(path).get("identity", {}).get("step", 0) if path.is_file() else 0
-    return step if isinstance(step, int) else 0
+def _record(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the export tells of its run, "config" and "identity"; both empty where it tells nothing."""
+    path, empty = directory / RUN, {"config": {}, "identity": {}}
+    if not path.is_file():
+        return empty
+    record = read_json(path)
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in empty):
+        raise UserError(f"{path}: config and identity must be JSON objects; restore the file, or delete it")
+    return record
 
 
-def _run_config(directory: Path, config: StudentConfig, places: dict[str, Path]) -> ConfigDict:
+def _run_config(given: dict[str, Any], config: StudentConfig, places: dict[str, Path]) -> ConfigDict:
     """The run's configuration with the models' new places, as far as the export tells."""
-    path = directory / RUN
-    given: dict[str, Any] = read_json(path).get("config") or {} if path.is_file() else {}
-    run = ConfigDict(with_defaults(json.loads(json.dumps(given))))
+    run = ConfigDict(with_defaults(given))
     for name, place in places.items():
         run[name] = os.fspath(place.absolute())
     run.student.image_tokens, run.student.sentence_position = config.image_tokens, config.sentence_position

@@ -32,7 +32,7 @@ from vlkd_jax.hf import names
 from vlkd_jax.hf.card import with_parity
 from vlkd_jax.hf.load import CONFIG
 from vlkd_jax.hf.save import write_json
-from vlkd_jax.hf.student import MODELING, is_student, read_student_config
+from vlkd_jax.hf.student import MODELING, is_student
 from vlkd_jax.losses import finish
 from vlkd_jax.metrics import say
 from vlkd_jax.models.clip import normalize_pixels
@@ -221,7 +221,7 @@ def _jax_parts(model: VLKD, batch: Batch) -> dict[str, np.ndarray]:
     """Every part's output; where a mask says padding, zero."""
 
     def compute(params, clip_params):
-        teacher = teacher_outputs(model.teacher, clip_params, batch, model.image_tokens)
+        teacher = teacher_outputs(model.teacher, clip_params, batch, model.config.image_tokens)
 
         def read(student: Student) -> dict[str, Array]:
             prefix = student.image_prefix(teacher.tokens)
@@ -388,7 +388,6 @@ def main() -> None:
         raise UserError(f"{directory / CONFIG}: not an exported student; vlkd export writes one")
     if find_spec("torch") is None:
         raise UserError("vlkd parity needs torch, which is not installed: pip install torch")
-    read_student_config(directory)
     with contextlib.redirect_stdout(sys.stderr if flags.FLAGS.json else sys.stdout):
         parity = measure(directory, make_prompts())
     write_json(directory / PARITY, parity)

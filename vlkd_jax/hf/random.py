@@ -6,6 +6,7 @@ writes DIR/clip and DIR/bart: ViT-L/14 and BART-large (`large`), ViT-B/32 and BA
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,20 @@ from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.models.published import BARTS, CLIPS
 from vlkd_jax.workdir import output_directory
 
-SIZES = ("large", "base", "tiny")
+PUBLISHED = {"large": "vit_l14", "base": "vit_b32"}
+"""Sizes of published models -> the CLIP that goes with that BART."""
+SIZES = (*PUBLISHED, "tiny")
 
 
 def clip_config(text: ClipText, size: str) -> ClipConfig:
     """ViT-L/14's sizes, ViT-B/32's, or tiny ones, with the tokenizer's vocabulary."""
     ids = {"bos_token_id": text.bos, "eos_token_id": text.eos, "pad_token_id": text.pad}
-    if size == "large":
-        vision = ClipVisionConfig(1024, 4096, 24, 16, image_size=224, patch_size=14)
-        return ClipConfig(vision, ClipTextConfig(text.vocab_size, 768, 3072, 12, 12, **ids), 768)
-    if size == "base":
-        vision = ClipVisionConfig(768, 3072, 12, 12, image_size=224, patch_size=32)
-        return ClipConfig(vision, ClipTextConfig(text.vocab_size, 512, 2048, 12, 8, **ids), 512)
+    if size in PUBLISHED:
+        model = CLIPS[PUBLISHED[size]]
+        return dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=text.vocab_size, **ids))
     vision = ClipVisionConfig(48, 96, 2, 4, image_size=48, patch_size=16)
     return ClipConfig(vision, ClipTextConfig(text.vocab_size, 32, 64, 2, 4, **ids), 32)
 
@@ -44,10 +45,8 @@ def bart_config(text: BartText, size: str) -> BartConfig:
     """BART-large's sizes, BART-base's, or tiny ones, with the tokenizer's vocabulary and special tokens."""
     ids = {"bos_token_id": text.bos, "pad_token_id": text.pad, "eos_token_id": text.eos}
     ids |= {"decoder_start_token_id": text.eos, "forced_bos_token_id": text.bos, "forced_eos_token_id": text.eos}
-    if size == "large":
-        return BartConfig(text.vocab_size, 1024, 12, 12, 16, 16, 4096, 4096, **ids)
-    if size == "base":
-        return BartConfig(text.vocab_size, 768, 6, 6, 12, 12, 3072, 3072, **ids)
+    if size in PUBLISHED:
+        return dataclasses.replace(BARTS[size], vocab_size=text.vocab_size, **ids)
     return BartConfig(text.vocab_size, 48, 2, 2, 4, 4, 96, 96, max_position_embeddings=256, **ids)
 
 

@@ -107,7 +107,6 @@ def task_of(
             contrastive_scale=config.student.logit_scale,
             ttdm=config.student.ttdm,
         ),
-        image_tokens=distillation.image_tokens,
         denoise_terms=functools.partial(student_denoise_terms, distillation.student),
         replay_encoder=replay_encoder,
         mixes_replay=bool(config.loss.denoise),

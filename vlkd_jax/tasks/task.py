@@ -50,8 +50,7 @@ class Task:
       example: arguments for `module.init`, of which the shapes count.
       needs_images: whether its records must have pictures.
       teacher: the module of `Frozen["clip"]`.
-      student: what an export of the student needs to say of it; None: there is no student.
-      image_tokens: which of the teacher's image tokens it reads.
+      student: what the student is, whole, as an export says it; None: there is no student.
       denoise_terms: the terms of a text-only batch, by which the text abilities are measured; None: it has none.
       replay_encoder: what a text-only batch beside the pairs holds; mixes_replay: whether training mixes such in.
       new: top-level parameters that start from nothing and take the larger learning rate.
@@ -71,7 +70,6 @@ class Task:
     needs_images: bool = True
     teacher: Clip | None = None
     student: StudentConfig | None = None
-    image_tokens: str = "projected"
     denoise_terms: TermsFunction | None = None
     replay_encoder: Encoder | None = None
     mixes_replay: bool = False
