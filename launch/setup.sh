@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes the Python environment that the other scripts run in. Sourced, not run: `vlkd_setup KIND`; KIND is runtime, dev
-# (with what the tests need), cuda12 or cuda13 (with that extra of jax).
+# (with what the tests need), cuda12, cuda13 or tpu (with that extra of jax).
 # Sets VLKD_PYTHON (the interpreter) and VLKD_SETUP_SECONDS. VLKD_VENV names another place than .venv under the root.
 
 VLKD_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,7 +27,7 @@ vlkd_fingerprint() { # KIND: changes with the requirements, the package metadata
   (
     cd "$VLKD_ROOT" || exit
     cat requirements.txt requirements.lock pyproject.toml
-    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock requirements-transformers4.txt
+    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock requirements-transformers4.txt requirements-libtpu.txt
     printf '%s\n' "$VLKD_ROOT"
   ) | "${sum[@]}" | cut -d ' ' -f 1
 }
@@ -123,12 +123,13 @@ vlkd_install() { # KIND
   files=(-r "$VLKD_ROOT/requirements.$flavour")
   case $1 in
     dev) files+=(-r "$VLKD_ROOT/requirements-dev.$flavour") ;;
-    cuda*) files+=("jax[$1]") ;; # the version is the one of the requirements
+    cuda* | tpu) files+=("jax[$1]") ;; # the version is the one of the requirements
   esac
   vlkd_pip "${files[@]}"
   vlkd_pip --no-deps --editable "$(vlkd_source)"
   if [[ $1 == dev ]]; then # found where PYTHONPATH says so: what it needs beside these is the environment's
     vlkd_pip --no-deps --upgrade --target "$vlkd_venv/transformers4" -r "$VLKD_ROOT/requirements-transformers4.txt"
+    vlkd_pip --no-deps --upgrade --target "$vlkd_venv/libtpu" -r "$VLKD_ROOT/requirements-libtpu.txt"
   fi
   for name in runtime "$1"; do
     vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,10 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import command_line, make_mesh, options, tiny_config
+from tiny import ROOT, command_line, make_mesh, options, tiny_config
 
 from vlkd_jax import plan, sharding
-from vlkd_jax.configs import cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge
+from vlkd_jax.configs import cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, shapes_vlkd
 from vlkd_jax.costs import collective_bytes, count_flops
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.names import parameter_shapes
@@ -75,6 +79,10 @@ def test_traffic_is_that_of_a_ring():
 
 HLO = """HloModule m
 
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%x, %y)
+}
+
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %ag = (bf16[1,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), replica_groups=[4,8]<=[32], dimensions={0}
   %agd = bf16[8,128]{1,0} all-gather-done(%ag)
@@ -100,6 +108,48 @@ def test_traffic_of_a_program_text():
     assert collective_bytes(HLO) == expected | {"all-reduce": 2 * 16 * 4 * 3 / 4}
     with pytest.raises(ValueError, match="no replica_groups that this knows"):
         collective_bytes(HLO.replace("[4,8]<=[32]", "@somewhere"))
+
+
+TPU_HLO = """HloModule m
+
+%start (p: bf16[8,2]) -> (bf16[8,2], bf16[8,32]) {
+  %ag = bf16[8,32]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,16]<=[16], dimensions={1}
+  ROOT %s = (bf16[8,2], bf16[8,32]) custom-call(%ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (p: bf16[8,2]) -> (bf16[8,2], bf16[8,32]) {
+  ROOT %ag.2 = bf16[8,32]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,16]<=[16], dimensions={1}
+}
+
+%done (p: bf16[8,2]) -> bf16[8,32] {
+  %ag.3 = bf16[8,32]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,16]<=[16], dimensions={1}
+  ROOT %d = bf16[8,32]{1,0} custom-call(%ag.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (p: (s32[], bf16[8,2])) -> (s32[], bf16[8,2]) {
+  %f = (bf16[8,2], bf16[8,32]) fusion(%x), kind=kCustom, calls=%start
+  %g = (bf16[8,2], bf16[8,32]) fusion(%f), kind=kCustom, calls=%async_collective_fusion.7
+  %h = bf16[8,32]{1,0} fusion(%g), kind=kCustom, calls=%done
+  ROOT %t = (s32[], bf16[8,2]) tuple(%i, %x)
+}
+
+%cond (p: (s32[], bf16[8,2])) -> pred[] {
+  %c = s32[]{:T(128)} constant(12)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+ENTRY %main (a: f32[16]) -> f32[2] {
+  ROOT %w = (s32[], bf16[8,2]) while(%z), condition=%cond, body=%body
+}
+"""
+
+
+def test_traffic_of_a_tpu_program_text():
+    """A collective in several fused pieces counts once; a loop without a note runs as its condition says."""
+    assert collective_bytes(TPU_HLO) == {"all-gather": 12 * 8 * 32 * 2 * 15 / 16}
+    with pytest.raises(ValueError, match="a loop without a length that this knows"):
+        collective_bytes(TPU_HLO.replace("direction=LT", "direction=NE"))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +237,7 @@ def test_speed_by_hand():
     result = {"fits": True, "flops_per_step": 8e14, "collective_bytes": 1e11, "chips": 4, "batch_size": 1000}
     speed = plan._speed(result, chip, 0.5)
     assert (speed["compute_seconds"], speed["network_seconds"], speed["bound"]) == (4.0, 1.0, "compute")
-    assert speed["images_per_second"] == 250
+    assert speed["images_per_second"] == 250 and speed["images_per_second_without_overlap"] == 200
     assert speed["chip_hours_per_cc3m_epoch"] == pytest.approx(3_318_333 / 250 * 4 / 3600)
     slow = plan._speed(result | {"collective_bytes": 1e12}, chip, 0.5)
     assert slow["bound"] == "network" and slow["images_per_second"] == 100
@@ -195,15 +245,16 @@ def test_speed_by_hand():
 
 def test_a_sweep_is_a_table():
     base = {"mesh": {"data": 1, "fsdp": 4, "model": 1}, "bytes_per_chip": 2**33, "bound": "compute"}
-    base |= {"chip_hours_per_cc3m_epoch": 2.0}
+    base |= {"chip_hours_per_cc3m_epoch": 2.0, "batch_size": 1024, "collective_bytes": 2**29}
+    base |= {"images_per_second_without_overlap": 1000.0}
     results = [
         base | {"topology": "v5e:2x2", "chips": 4, "fits": True, "images_per_second": 400.0},
         base | {"topology": "v5e:4x4", "chips": 16, "fits": True, "images_per_second": 1200.0},
         base | {"topology": "v4:2x2x4", "chips": 16, "fits": False, "images_per_second": None},
     ]
     lines = plan.sweep_table(results).splitlines()
-    assert lines[3] == "| v5e:4x4 | fsdp 4 | yes | 8.00 | 1,200 | 75 | 75% | compute | 2.0 |"
-    assert lines[4].endswith("| no | 8.00 | - | - | - | - | - |")
+    assert lines[3] == "| v5e:4x4 | fsdp 4 | 1,024 | yes | 8.00 | 0.50 | 1,200 | 75 | 75% (62%) | compute | 2.0 |"
+    assert lines[4].endswith("| no | 8.00 | 0.50 | - | - | - | - | - |")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +272,14 @@ def test_a_sweep_is_a_table():
 )
 def test_mistakes(changes, message, monkeypatch, assets):
     """One line each, before anything is compiled."""
-    values = {"topology": "local", "mesh": None, "utilisation": 0.4, "sweep": False, "json": False} | changes
+    values = {
+        "topology": "local",
+        "mesh": None,
+        "utilisation": 0.4,
+        "sweep": False,
+        "json": False,
+        "rows": None,
+    } | changes
     config = tiny_config(assets, objective=values.pop("objective", "vlkd"))
     monkeypatch.setattr(plan.flags, "FLAGS", SimpleNamespace(config=config, **values))
     with pytest.raises(UserError, match=message):
@@ -248,3 +306,50 @@ def test_the_command(assets):
     assert told["mesh"] == {"data": 2, "fsdp": 4, "model": 1} and told["chips"] == 8
     wanted = {"fits", "chips", "bytes_per_chip", "flops_per_step", "collective_bytes", "images_per_second"}
     assert wanted <= set(told) and tuple(told["mesh"]) == sharding.AXES
+
+
+LIBTPU = Path(sys.prefix) / "libtpu"
+
+
+def plan_for_tpus(*argv: str) -> subprocess.CompletedProcess[str]:
+    """`vlkd plan` of the built-in world with the TPU compiler that launch/setup.sh puts beside the packages."""
+    if sys.platform != "linux":
+        pytest.skip("libtpu is for Linux alone")
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    known |= {"PYTHONPATH": f"{ROOT}:{LIBTPU}", "TPU_LIBRARY_PATH": str(LIBTPU / "libtpu" / "libtpu.so")}
+    command = [sys.executable, "-m", "vlkd_jax.plan", "--config=shapes_vlkd", "--config.dtype=bfloat16", *argv]
+    return subprocess.run(command, env=known, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_plans_for_tpus():
+    """Compiled for chips that are not here: one device a chip, memory of the chip, traffic that follows the mesh."""
+    result = plan_for_tpus("--topology=v5e:2x2,v4:2x2x1", "--sweep", "--rows=16", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    small, large = json.loads(result.stdout)
+    for told, memory in ((small, 16), (large, 32)):
+        assert told["fits"] and told["chips"] == 4 and told["batch_size"] == 64
+        assert told["memory_per_chip"] == memory * 2**30 and told["images_per_second"] > 0
+    task = plan.planned_task(shapes_vlkd.get_config())
+    trained, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in task.abstract())
+    assert small["bytes_by_kind"]["parameters"] == 4 * (trained + frozen)
+    assert small["bytes_by_kind"]["optimizer"] == pytest.approx(8 * trained, rel=0.01)
+    once = 2 * 2 * trained * 3 / 4  # gradients in bfloat16, around a ring of four; layers are in loops
+    assert once < small["collectives"]["all-reduce"] < 8 * once
+
+    split = plan_for_tpus("--topology=v5e:2x2", "--mesh=data=1,fsdp=4", "--json")
+    assert split.returncode == 0, split.stderr
+    told = json.loads(split.stdout)
+    assert told["bytes_by_kind"]["parameters"] < 0.4 * small["bytes_by_kind"]["parameters"]
+    assert sum(told["collectives"].values()) > 2 * trained * 3 / 4  # gathered in bfloat16, at the least
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--topology=v5e:3x5"], "error: --topology=v5e:3x5: libtpu does not know it ("),
+        (["--topology=v5e:4x4", "--mesh=data=4"], "error: config.mesh uses 4 of the 16 chips of v5e:4x4; use them all"),
+    ],
+)
+def test_tpus_that_cannot_be_planned_for(argv, told):
+    result = plan_for_tpus(*argv)
+    assert result.returncode == 2 and result.stderr.startswith(told) and result.stderr.count("\n") == 1

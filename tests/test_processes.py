@@ -229,7 +229,7 @@ def test_a_process_that_lost_another_leaves_in_time(number, victim, port):
 def ask(coordinator: str, count: int, index: int, seconds: float = 10, **changes: object) -> str:
     """What process `index` of `count` is told at the meeting; empty: to go on."""
     told = {"process": index, "processes": count, "place": f"machine{index}", "versions": {"jax": "1"}} | changes
-    host, port = cluster._address(coordinator)
+    host, port = cluster.parse_address(coordinator)
     try:
         if index == 0:
             cluster._take_roll(port, told, coordinator, seconds)
@@ -257,7 +257,7 @@ def test_processes_meet_in_any_order_and_the_port_is_free_afterwards(late, port)
     for count in (1, 2, 7):
         delays = tuple(0.7 * (index == late) for index in range(count))
         assert meet(port, *({"index": index} for index in range(count)), delays=delays) == [""] * count
-        with cluster._listen(port):
+        with cluster.listen(port):
             pass
 
 
@@ -322,7 +322,7 @@ def test_a_coordinator_that_cannot_be_reached(host, port):
 
 
 def test_a_port_that_is_taken_or_no_answer_of_ours(port):
-    with cluster._listen(port) as holder:
+    with cluster.listen(port) as holder:
         line = ask(f"localhost:{port}", 2, 0)
         assert line.startswith(f"process 0 cannot listen at port {port} of --coordinator (Address already in use);")
         assert "free port" in line
@@ -454,7 +454,7 @@ def test_virtual_machines_of_a_tpu_slice(workers, expected, nothing_around, monk
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
         assert cluster.surroundings() is None  # no chips, so nobody is asked
-        monkeypatch.setattr(cluster, "_tpu_chips", lambda: ["/dev/accel0"])
+        monkeypatch.setattr(cluster, "tpu_chips", lambda: ["/dev/accel0"])
         assert cluster.surroundings() == expected
         server.shutdown()
 

@@ -86,7 +86,7 @@ def initialize(
         return
     if missing:
         raise UserError(f"{' and '.join(missing)} missing; --coordinator, --processes and --process are given together")
-    host, port = _address(coordinator)
+    host, port = parse_address(coordinator)
     if process >= processes:
         raise UserError(f"--process={process} does not exist with --processes={processes}; count from 0")
     runtime.set_process(process)
@@ -153,7 +153,7 @@ def _number(variable: str) -> int:
 
 def _tpu_vms() -> str:
     """The addresses of a slice's virtual machines, as Google Compute Engine tells them to each; empty elsewhere."""
-    if "TPU_SKIP_MDS_QUERY" in os.environ or not _tpu_chips():
+    if "TPU_SKIP_MDS_QUERY" in os.environ or not tpu_chips():
         return ""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
@@ -165,11 +165,13 @@ def _tpu_vms() -> str:
         return ""
 
 
-def _tpu_chips() -> list[str]:
+def tpu_chips() -> list[str]:
+    """The device files of this machine's TPU chips."""
     return glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
 
 
-def _address(coordinator: str) -> tuple[str, int]:
+def parse_address(coordinator: str) -> tuple[str, int]:
+    """Host and port of --coordinator. Raises UserError for what is none."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={coordinator} is no HOST:PORT; name process 0's machine and a free port on it")
@@ -238,7 +240,7 @@ def lost_peer(error: BaseException | None) -> runtime.LostPeer | None:
 def _take_roll(port: int, told: Told, coordinator: str, seconds: float) -> None:
     """Process 0 waits for every other to connect, compares what they tell, and tells them all whether to go on."""
     present, fault, deadline = {0: told}, None, time.monotonic() + seconds
-    with _listen(port) as door, contextlib.ExitStack() as connections:
+    with listen(port) as door, contextlib.ExitStack() as connections:
         lines: list[socket.socket] = []
         while len(present) < told["processes"] and not fault:
             door.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -287,7 +289,8 @@ def _intruder(present: dict[int, Told], other: Told) -> str | None:
 
 
 @contextlib.contextmanager
-def _listen(port: int) -> Iterator[socket.socket]:
+def listen(port: int) -> Iterator[socket.socket]:
+    """Holds a port of this machine. Raises UserError when another program does."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:

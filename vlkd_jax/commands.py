@@ -282,10 +282,32 @@ COMMANDS = {
             Option("topology", "NAME", "v5e:4x4, v4:2x2x4, v6e:4x4, ..., or local; with --sweep several, by commas"),
             Option("mesh", "AXES", "such as data=1,fsdp=16; default: the config's"),
             Option("utilisation", "SHARE", "of the chips' peak that is reached", kind="number", default=0.4),
-            Option("sweep", "", "a table over topologies", kind="flag"),
+            Option("rows", "N", "of the batch for each chip; without it the config's batch", kind="integer", minimum=1),
+            Option("sweep", "", "a table over topologies; with --rows that of weak scaling", kind="flag"),
             JSON,
         ),
         example="--config=cc3m_vitl14_bartlarge --topology=v5e:4x4",
+        needs_device=False,
+    ),
+    "doctor": Command(
+        module="vlkd_jax.doctor",
+        summary="what on this machine would stand in a run's way",
+        description="Looks at versions, processes, devices, the coordinator's port, disk, /dev/shm and the compilation "
+        "cache, and with a config at its mesh and what a step takes of the memory: a line each, with what to do. Under "
+        "SLURM, Open MPI, in a JobSet or on a pod run it in every process, as the run.",
+        options=(
+            Option(
+                "config",
+                "NAME",
+                "of training, as for vlkd train",
+                kind="config",
+                overrides="overrides a field; config.plan.clip and config.plan.bart stand for models that are not here",
+            ),
+            Option("workdir", "DIR", "of the run to come; default: this directory"),
+            *PROCESSES,
+            JSON,
+        ),
+        example="--config=shapes_vlkd --workdir=runs/shapes",
         needs_device=False,
     ),
     "demo": Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 from typing import Any
@@ -48,37 +49,65 @@ _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
 def collective_bytes(hlo: str) -> dict[str, float]:
     """Bytes that each device sends in one run of a compiled program, by kind of collective.
 
-    A loop's body counts as often as the compiler says that it runs.
+    A loop's body counts as often as it runs, and a collective that a TPU's program spreads over several fused
+    computations, beside what else they compute, where it starts.
+
+    Raises:
+      ValueError: a loop, or a group of devices, that this cannot count.
     """
-    sent: dict[str, dict[str, float]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
+    computations, entry_name = _computations(hlo)
+
+    @functools.cache
+    def sent_by(name: str) -> collections.Counter[str]:
+        sent: collections.Counter[str] = collections.Counter()
+        for line in computations[name]:
+            operation = _OPERATION.match(line)
+            if not operation:
+                continue
+            result, kind, rest = operation.groups()
+            whole = kind.removesuffix("-start")
+            if whole in SENT and not _goes_on(name, computations[name]):
+                sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(result)]
+                size = sum(sizes) if kind == whole else max(sizes)  # the start of a pair also names what goes in
+                sent[whole] += SENT[whole](size, _group_size(rest))
+            for callee in re.findall(r"(?:calls|to_apply|body|async_computation)=%?([\w.\-]+)", rest):
+                inner = sent_by(callee)
+                times = _trips(rest, computations) if kind == "while" and inner else 1
+                for part, size in inner.items():
+                    sent[part] += times * size
+        return sent
+
+    return dict(sent_by(entry_name))
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, and the name of the first that runs."""
+    computations: dict[str, list[str]] = {}
     entry_name, name = "", ""
     for line in hlo.splitlines():
         if header := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{$", line):
             name = header[2]
             entry_name = name if header[1] else entry_name
-            sent[name], calls[name] = collections.Counter(), []
-            continue
-        operation = _OPERATION.match(line)
-        if not operation or not name:
-            continue
-        result, kind, rest = operation.groups()
-        kind = kind.removesuffix("-start")
-        if kind in SENT:
-            sizes = [_bytes_of(*shape) for shape in _SHAPE.findall(result)]
-            size = max(sizes) if operation[2].endswith("-start") else sum(sizes)  # it also names what goes in
-            sent[name][kind] += SENT[kind](size, _group_size(rest))
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-        for callee in re.findall(r"(?:calls|to_apply|body|async_computation)=%?([\w.\-]+)", rest):
-            calls[name].append((callee, int(trips[1]) if kind == "while" and trips else 1))
-    total: dict[str, float] = collections.Counter()
-    waiting = [(entry_name, 1)]
-    while waiting:
-        name, times = waiting.pop()
-        for kind, size in sent.get(name, {}).items():
-            total[kind] += times * size
-        waiting += [(callee, times * count) for callee, count in calls.get(name, [])]
-    return dict(total)
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    return computations, entry_name
+
+
+def _goes_on(name: str, lines: list[str]) -> bool:
+    """Whether a computation only carries on or ends a collective that another one has started, as TPUs' do."""
+    return name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in line for line in lines)
+
+
+def _trips(loop: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: as the compiler notes, or below the one constant of its condition, from 0 by ones."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+        return int(noted[1])
+    condition = "\n".join(computations[re.search(r"condition=%?([\w.\-]+)", loop)[1]])
+    limits = re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", condition)
+    if len(limits) != 1 or "direction=LT" not in condition:
+        raise ValueError(f"a loop without a length that this knows: {loop[:200]}")
+    return int(limits[0])
 
 
 def _bytes_of(dtype: str, dimensions: str) -> int:

@@ -127,11 +127,14 @@ def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
     if find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError("vlkd plan for a TPU needs libtpu, which is not installed: pip install 'vlkd_jax[plan]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the cloud which machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is touched
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of no effect here; without one libtpu warns
     from jax.experimental import topologies
 
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        parts = {"chip_config_name": "megacore"} if generation == "v4" else {}  # both cores of a chip are one device
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **parts)
     except Exception as error:  # of libtpu, of several kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--topology={topology}: libtpu does not know it ({reason})") from error
@@ -205,17 +208,21 @@ def _shard_bytes(trees: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def plan(config: ConfigDict, topology: str, utilisation: float) -> dict[str, Any]:
+def plan(config: ConfigDict, topology: str, utilisation: float, rows: int | None = None) -> dict[str, Any]:
     """What `--json` prints.
 
     Args:
       utilisation: share of the chips' peak that a step's operations reach.
+      rows: of a batch for each chip; None: the config's whole batch, however many chips there are.
 
     Raises:
       UserError: a config, models or a topology that cannot be planned.
     """
     check_config(config)
     mesh, task = topology_mesh(config, topology), planned_task(config)
+    if rows:
+        config = config.copy_and_resolve_references()
+        config.batch_size = rows * mesh.size
     check_batch_size(config, mesh)
     program = compile_step(config, task, mesh)
     chip, total = CHIPS.get(topology.partition(":")[0]), sum(program.bytes.values())
@@ -241,14 +248,16 @@ def plan(config: ConfigDict, topology: str, utilisation: float) -> dict[str, Any
 
 def _speed(result: dict[str, Any], chip: Chip | None, utilisation: float) -> dict[str, Any]:
     """Figures that hang on the chip's documented speed; None where it is not known or the program does not fit."""
-    names = ("compute_seconds", "network_seconds", "images_per_second", "bound", "chip_hours_per_cc3m_epoch")
+    names = ("compute_seconds", "network_seconds", "images_per_second", "images_per_second_without_overlap")
+    names += ("bound", "chip_hours_per_cc3m_epoch")
     if chip is None or not result["fits"]:
         return {"utilisation": utilisation, **dict.fromkeys(names)}
     compute = result["flops_per_step"] / (result["chips"] * chip.flops * utilisation)
     network = result["collective_bytes"] / chip.link
     images = result["batch_size"] / max(compute, network)  # the two overlap where the compiler can do it
     hours = CC3M / images * result["chips"] / 3600
-    values = compute, network, images, "network" if network > compute else "compute", hours
+    apart = result["batch_size"] / (compute + network)
+    values = compute, network, images, apart, "network" if network > compute else "compute", hours
     return {"utilisation": utilisation, **dict(zip(names, values, strict=True))}
 
 
@@ -308,28 +317,36 @@ def table(result: dict[str, Any], config: ConfigDict) -> str:
 
 
 def sweep_table(results: list[dict[str, Any]]) -> str:
-    """A line for each topology; efficiency is images/s a chip against the first of the same kind of chip that fits."""
+    """A line for each topology.
+
+    Efficiency is images/s a chip against the first of the same kind of chip that fits, and behind it that against this
+    first one's operations alone, as if no traffic were hidden behind them.
+    """
     head = [
         "topology",
         "mesh",
+        "batch",
         "fits",
         "GiB a chip",
+        "GiB sent",
         "images/s",
         "a chip",
         "efficiency",
         "bound by",
-        "chip-hours an epoch",
     ]
+    head.append("chip-hours an epoch")
     first: dict[str, float] = {}
     lines = [head, ["---"] * len(head)]
     for result in results:
         axes = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "1"
-        cells = [result["topology"], axes, "yes" if result["fits"] else "no", _gib(result["bytes_per_chip"])]
+        cells = [result["topology"], axes, f"{result['batch_size']:,}", "yes" if result["fits"] else "no"]
+        cells += [_gib(result["bytes_per_chip"]), _gib(result["collective_bytes"])]
         images = result["images_per_second"]
         if images:
             each = images / result["chips"]
             reference = first.setdefault(result["topology"].partition(":")[0], each)
-            cells += [f"{images:,.0f}", f"{each:,.0f}", f"{each / reference:.0%}", result["bound"]]
+            worst = result["images_per_second_without_overlap"] / result["chips"] / reference
+            cells += [f"{images:,.0f}", f"{each:,.0f}", f"{each / reference:.0%} ({worst:.0%})", result["bound"]]
             cells.append(f"{result['chip_hours_per_cc3m_epoch']:.1f}")
         lines.append(cells + ["-"] * (len(head) - len(cells)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -360,12 +377,12 @@ def main() -> None:
     if values.topology != LOCAL:
         jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU here
     if not values.sweep:
-        result = plan(config, values.topology, values.utilisation)
+        result = plan(config, values.topology, values.utilisation, values.rows)
         tell(json.dumps(result) if values.json else table(result, config))
         return
     results = []
     for topology in (values.topology or ",".join(SWEEP)).split(","):
-        results.append(plan(config, topology, values.utilisation))
+        results.append(plan(config, topology, values.utilisation, values.rows))
         if not values.json:
             say(f"{topology} compiled in {results[-1]['compile_seconds']:.0f} s")
     tell(json.dumps(results) if values.json else sweep_table(results))
