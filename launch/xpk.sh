@@ -4,7 +4,7 @@
 set -euo pipefail
 
 xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" --workload="${NAME:-vlkd}" \
-  --tpu-type="${TPU_TYPE:-v5litepod-16}" --num-slices="${SLICES:-1}" --docker-image="$CONTAINER" \
+  --tpu-type="${TPU_TYPE:-v5litepod-16}" --num-slices="${SLICES:-1}" --docker-image="$CONTAINER" --storage=bucket \
   --max-restarts=20 --restart-on-exit-codes=4,143 --termination-grace-period-seconds=120 \
   --env="JAX_COORDINATOR_PORT=8476" --env="JAX_COMPILATION_CACHE_DIR=gs://$BUCKET/jax-cache" \
   --env="LIBTPU_INIT_ARGS=--megascale_abort_on_hangs=true" \

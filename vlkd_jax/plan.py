@@ -312,7 +312,8 @@ def table(result: dict[str, Any], config: ConfigDict) -> str:
             (f"chip-hours for an epoch of CC3M ({CC3M:,})", f"{result['chip_hours_per_cc3m_epoch']:.1f}"),
         ]
     width = max(len(name) for name, _ in rows)
-    head = f"{result['topology']}: {result['chips']} chips ({axes}), batch {result['batch_size']:,}"
+    chips = "1 chip" if result["chips"] == 1 else f"{result['chips']} chips"
+    head = f"{result['topology']}: {chips} ({axes}), batch {result['batch_size']:,}"
     return "\n".join([head, *(f"  {name:{width}}  {value}" for name, value in rows), *advice(result, config)])
 
 
