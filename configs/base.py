@@ -18,20 +18,26 @@ def get_config() -> ConfigDict:
             "remat": False,  # recompute layers in the backward pass: less memory, more time
             "remat_policy": "nothing",  # what is kept of a layer nevertheless: nothing | dots (its matrix products)
             "data": {
-                "source": "shapes",  # shapes | shapes_texts | folder
+                "source": "shapes",  # shapes | shapes_texts | folder | tfds
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
                 "images": "",  # folder: where the images lie
+                "directory": "",  # tfds: record files, as vlkd prepare writes them
+                "split": "train[1%:]",  # tfds: what is trained on, in tensorflow-datasets' terms
+                "validation_split": "train[:1%]",  # tfds: what is held out
                 "validation_every": 20,  # folder: one image in so many is held out, with all its captions
                 "replay": "",  # texts for loss.denoise and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)
+                "smallest_crop": 1.0,  # least share of a picture's area in a random part of it; 1: always the middle
+                "flip": False,  # mirror every second picture; captions say left and right
                 "text_length": 64,  # tokens of a clean caption, <s> and </s> included
                 "source_length": 64,  # tokens of a corrupted one
                 "context_length": 0,  # tokens of a text-only record's context (shapes_texts); 0: none
                 "replay_length": 64,  # tokens of a corrupted text-only record beside the pairs (replay, retention)
                 "truncate": False,  # cut captions that are too long; otherwise they cannot be used
                 "max_unusable": 0.01,  # share of records that may be bad: they are passed over; more end the run
-                "threads": 2,  # that read, decode and tokenise ahead
+                "threads": 2,  # that read, decode and tokenise ahead, in this process or in each worker
+                "workers": 0,  # processes for that; 0: none but this one
             },
             "corruption": {  # BART's text infilling
                 "ratio": 0.3,  # share of a caption's tokens that is masked

@@ -141,13 +141,16 @@ def running(*each: tuple[list[str], dict[str, str]]) -> Iterator[list[subprocess
             process.communicate()
 
 
+GLOO = re.compile(
+    r"\[Gloo\] Rank \d+|\s?is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n?"
+)
+"""What gloo says of its connections; other output may stand in the middle of it."""
+
+
 def endings(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each; what gloo says of its connections is left out."""
+    """(exit code, output without gloo's, errors) of each."""
     outputs = [process.communicate(timeout=120) for process in started]
-    return [
-        (process.returncode, "".join(line for line in out.splitlines(True) if "[Gloo]" not in line), err)
-        for process, (out, err) in zip(started, outputs, strict=True)
-    ]
+    return [(process.returncode, GLOO.sub("", out), err) for process, (out, err) in zip(started, outputs, strict=True)]
 
 
 def by_flags(port: int, tasks: str, *more: str) -> list[tuple[list[str], dict[str, str]]]:

@@ -289,6 +289,53 @@ COMMANDS = {
         example="--config=cc3m_vitl14_bartlarge --topology=v5e:4x4",
         needs_device=False,
     ),
+    "prepare": Command(
+        module="vlkd_jax.data.prepare",
+        summary="pairs as you have them into record files for training",
+        description="Reads tar shards (img2dataset, webdataset), TSV, JSONL, CSV, Parquet or COCO captions, one file "
+        "or a folder of them, makes the pictures smaller, and writes a tensorflow-datasets directory of ArrayRecord "
+        "files with manifest.json: what was read, kept and skipped, why, and hashes. The same command again goes on "
+        "where one was cut off. Train on it with --config.data.source=tfds --config.data.directory=DIR.",
+        options=(
+            Option("source", "SOURCE", "file, or folder of files", kind="argument", required=True),
+            Option("output", "DIR", "directory to write", required=True),
+            Option("images", "DIR", "where a table's pictures lie; default: paths as they stand"),
+            Option("image", "NAME", "column of the image; of a TSV its number", default="image"),
+            Option("caption", "NAME", "column of the caption; of a TSV its number", default="caption"),
+            Option(
+                "names",
+                "PATTERN",
+                "a picture's file below --images, of {path}, {name}, {row}, {md5}, {sha256}",
+                default="{path}",
+            ),
+            Option("name", "NAME", "of the data set", default="pairs"),
+            Option("split", "NAME", "of the data set", default="train"),
+            Option("short", "N", "pixels of the shorter side at most", kind="integer", default=288, minimum=1),
+            Option("quality", "N", "of JPEG", kind="integer", default=90, minimum=1),
+            Option("rows", "N", "pairs in one record file, of a table", kind="integer", default=10_000, minimum=1),
+            Option("workers", "N", "processes", kind="integer", default=2, minimum=1),
+            Option("max_unusable", "SHARE", "of pairs that may be skipped", kind="number", default=0.5),
+            JSON,
+        ),
+        example="shards --output=data/cc3m --workers=8",
+        needs_device=False,
+    ),
+    "leakage": Command(
+        module="vlkd_jax.data.leakage",
+        summary="pictures of an evaluation set that training has seen",
+        description="Compares two directories of vlkd prepare: pictures that are the same file, and nearly the same "
+        "ones by a perceptual hash. OUT receives index.html with the nearest pairs side by side, leakage.json with the "
+        "counts and leaks.jsonl with all of them.",
+        options=(
+            Option("train", "DIR", "what is trained on", required=True),
+            Option("eval", "DIR", "what is evaluated", required=True),
+            Option("output", "OUT", "directory of the page", required=True),
+            Option("distance", "N", "bits of 64 that may differ", kind="integer", default=4, minimum=0),
+            JSON,
+        ),
+        example="--train=data/cc3m --eval=data/coco --output=leakage",
+        needs_device=False,
+    ),
     "doctor": Command(
         module="vlkd_jax.doctor",
         summary="what on this machine would stand in a run's way",

@@ -15,6 +15,9 @@ class RecordError(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self):
+        return RecordError, (self.reason, str(self))  # from a worker process
+
 
 def few(phrases: list[str], separator: str = ", ") -> str:
     """At most five of what is to be said, and how many more there are."""

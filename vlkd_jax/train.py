@@ -52,15 +52,15 @@ from vlkd_jax.workdir import claim, flatten
 
 MAY_CHANGE = (
     *("steps", "log_every", "save_every", "keep", "keep_teacher", "mesh", "watchdog_seconds"),
-    *("data.threads", "data.max_unusable", "plan.clip", "plan.bart"),
-    *("clip", "bart", "data.captions", "data.images"),  # their places: what lies there is compared by its hashes
+    *("data.threads", "data.workers", "data.max_unusable", "plan.clip", "plan.bart"),
+    # their places: what lies there is compared by its hashes
+    *("clip", "bart", "data.captions", "data.images", "data.directory"),
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
 BOUNDS = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
-    **dict.fromkeys(
-        ("seed", "watchdog_seconds", "data.threads", "data.context_length", "eval.every", "eval.questions"), "[0, inf)"
-    ),
+    **dict.fromkeys(("seed", "watchdog_seconds", "data.threads", "data.workers"), "[0, inf)"),
+    **dict.fromkeys(("data.context_length", "eval.every", "eval.questions"), "[0, inf)"),
     **{
         "data.twins": "[1, inf)",
         "eval.batches": "[1, inf)",
@@ -73,7 +73,12 @@ BOUNDS = {
     **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
     **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete", "data.max_unusable"), "[0, 1]"),
     **dict.fromkeys(("dropout", "optim.b1", "optim.b2"), "[0, 1)"),
-    **{"optim.clip_norm": "[0, inf)", "optim.eps": "(0, inf)", "corruption.poisson": "(0, inf)"},
+    **{
+        "optim.clip_norm": "[0, inf)",
+        "optim.eps": "(0, inf)",
+        "data.smallest_crop": "(0, 1]",
+        "corruption.poisson": "(0, inf)",
+    },
 }
 """The interval in which the value of a config field must lie."""
 TOLD = ("updates", "skipped_in_row", "asked")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlkd_jax.data import images
 from vlkd_jax.data.images import check_header, open_image, resize_and_crop
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.clip import normalize_pixels
@@ -287,3 +288,33 @@ def test_random_damage_never_escapes_as_another_error(rng):
                 assert open_image(bytes(data)).mode == "RGB"
             except UserError as error:
                 assert "decode" in str(error) or "pixels" in str(error)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (30, 200), (1, 500), (64, 64)])
+def test_random_parts_of_a_picture(size):
+    """Within the picture, as large and of such a shape as is asked for, a function of the random numbers alone."""
+    rng, areas = np.random.default_rng(0), []
+    width, height = size
+    for _ in range(300):
+        left, top, w, h = images._random_box(width, height, rng, 0.3)
+        assert 0 <= left <= left + w <= width and 0 <= top <= top + h <= height and w > 0 and h > 0
+        areas.append(w * h / (width * height))
+        if size == (400, 300):
+            assert 0.74 < w / h < 1.35 and 0.29 < areas[-1] <= 1
+    if size == (400, 300):
+        assert 0.5 < np.mean(areas) < 0.75
+    picture = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    crops = [
+        images.random_resized_crop(picture, Preprocessing(16, 16), np.random.default_rng(k), 0.3) for k in (5, 5, 6)
+    ]
+    assert crops[0].shape == (16, 16, 3) and np.array_equal(crops[0], crops[1])
+    if width / height > 0.5:  # in a strip no part of such a shape is large enough: always the middle
+        assert not np.array_equal(crops[0], crops[2])
+
+
+def test_a_whole_part_is_the_resized_picture(monkeypatch):
+    """A part that is all of a square picture: what training without random parts makes of it."""
+    picture = np.random.default_rng(1).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+    monkeypatch.setattr(images, "_random_box", lambda width, height, rng, smallest: (0, 0, width, height))
+    whole = images.random_resized_crop(picture, Preprocessing(16, 16), np.random.default_rng(0), 0.9)
+    assert np.array_equal(whole, resize_and_crop(picture, Preprocessing(16, 16)))

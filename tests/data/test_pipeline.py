@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 
 import jax
@@ -298,24 +299,55 @@ def test_the_share_of_bad_records(monkeypatch):
     """Of those read, the bad ones among them, and of GRACE while fewer are read; the share itself is allowed."""
     monkeypatch.setattr(UnusableRecords, "GRACE", 16)
     unusable = UnusableRecords(0.25)
-    unusable.check(np.array([0, 3, 0]))
-    unusable.check(np.array([1]))  # 4 of 8, a quarter of 16
-    unusable.check(np.zeros(8, int))
-    unusable.check(np.array([0, 1, 0]))  # 5 of 20
-    for reason, name in (
-        ("image not found", "a"),
-        ("caption empty", "b"),
-        ("caption empty", "c"),
-        ("caption empty", "b"),
-    ):
-        unusable.add(RecordError(reason, f"record {name}"))
+    unusable.check(faults([], ["a", "b", "c"], []))
+    unusable.check(faults(["b"]))  # 4 of 8, a quarter of 16
+    unusable.check(faults(*[[]] * 8))
+    unusable.check(faults([], ["b"], []))  # 5 of 20
     with pytest.raises(UserError) as caught:
-        unusable.check(np.array([1]))
+        unusable.check(faults(["b"]))
     told = "6 of the 22 records read so far cannot be used (caption empty 2, image not found 1)"
     assert str(caught.value).startswith(told) and str(caught.value).endswith("the last one: record b")
     early = UnusableRecords(0.25)
     with pytest.raises(UserError, match="5 of the 6 records"):
-        early.check(np.array([5]))
+        early.check(faults(["a"] * 5))
+
+
+def faults(*rows: list[str]) -> np.ndarray:
+    """What a batch of these rows tells of the records that were passed over for each."""
+    reasons = {"a": "image not found", "b": "caption empty", "c": "caption empty"}
+    return np.array(["\n".join(json.dumps([reasons[name], f"record {name}"]) for name in row) for row in rows])
+
+
+def test_worker_processes_change_nothing(encoders, capsys):
+    """None, two or four: the same batches over two epochs, from any step on; bad records are counted once."""
+    count = 2 * 23 // 4
+    whole = take(count, SomeBad(3, 8), encoders[1], unusable=UnusableRecords(1.0))
+    for workers, start in ((2, 0), (4, 5)):
+        unusable = UnusableRecords(1.0)
+        taken = take(count - start, SomeBad(3, 8), encoders[1], unusable=unusable, workers=workers, start=start)
+        same(taken, whole[start:])
+        assert unusable.reasons.keys() <= {"image not found", "caption empty"} and unusable.reasons
+    strict = batches(SomeBad(3, 8), encoders[1], batch_size=4, seed=0, workers=1)
+    with pytest.raises(Exception, match=r"number [38] is bad"):
+        list(itertools.islice(strict, count))
+
+
+def test_augmentation_is_of_the_seed_and_the_place(encoders):
+    """Another part of a picture in every epoch, the same for every start and number of workers; flips are flips."""
+    pairs, plain = ShapesPairs(0, "train"), encoders[0]
+    moved = dataclasses.replace(plain, smallest_crop=0.4)
+    first, again = (take(3, pairs, moved) for _ in range(2))
+    same(first, again)
+    same(take(2, pairs, moved, start=1, threads=1), first[1:])
+    assert not np.array_equal(first[0].pixels, take(1, pairs, plain)[0].pixels)
+    flipped = take(8, pairs, dataclasses.replace(plain, flip=True))
+    straight = take(8, pairs, plain)
+    mirrored = 0
+    for ours, theirs in zip(flipped, straight, strict=True):
+        for a, b in zip(ours.pixels, theirs.pixels, strict=True):
+            assert np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
+            mirrored += not np.array_equal(a, b)
+    assert 6 < mirrored < 26
 
 
 def folder_config(assets, tmp_path, **changes):

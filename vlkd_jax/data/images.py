@@ -70,13 +70,18 @@ def check_header(source: str | Path | bytes) -> Image.Image:
     except FileNotFoundError as e:
         message = f"{source}: image file not found; correct the path or drop its line"
         raise RecordError("image not found", message) from e
+    except Image.DecompressionBombError as e:  # Pillow's own limit, above ours
+        raise _too_large(source, "more pixels than Pillow opens") from e
     except Exception as e:  # as above
         raise _damaged(source, e) from e
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width}x{image.height} pixels"
-        message = f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller"
-        raise RecordError("image too large", message)
+        raise _too_large(source, f"{image.width}x{image.height} pixels")
     return image
+
+
+def _too_large(source: str | Path | bytes, size: str) -> RecordError:
+    message = f"{_name(source)}: {size}, more than {MAX_PIXELS}; make the picture smaller"
+    return RecordError("image too large", message)
 
 
 def check_picture(path: str | Path) -> None:
@@ -115,6 +120,34 @@ def resize_and_crop(image: Image.Image | np.ndarray, preprocessing: Preprocessin
     if resize is not None:
         image = image.resize(resize[::-1], Image.Resampling(preprocessing.resample))
     return np.asarray(_middle(image, size, size))
+
+
+def random_resized_crop(
+    image: Image.Image | np.ndarray, preprocessing: Preprocessing, rng: np.random.Generator, smallest: float
+) -> np.ndarray:
+    """A random part of an RGB picture, resized to the model's square: uint8 [size, size, 3], not normalised yet.
+
+    The part holds `smallest` to 1 of the picture's area, its sides are as 3:4 to 4:3; where ten draws do not fit, it is
+    the largest of such a shape in the middle. Source: torchvision's `RandomResizedCrop`.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    left, top, width, height = _random_box(*image.size, rng, smallest)
+    size = preprocessing.size
+    part = image.resize((size, size), Image.Resampling(preprocessing.resample), (left, top, left + width, top + height))
+    return np.asarray(part)
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator, smallest: float) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * rng.uniform(smallest, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    ratio = min(max(width / height, 3 / 4), 4 / 3)
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:

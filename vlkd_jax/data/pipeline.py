@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import flags
 
-from vlkd_jax.data.images import open_image, resize_and_crop
+from vlkd_jax.data.images import open_image, random_resized_crop, resize_and_crop
 from vlkd_jax.data.sources import Record, counted
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
@@ -41,6 +43,8 @@ class Encoder:
       text_length, source_length, context_length: tokens a row has room for (L, S, C); context 0: none.
       preprocessing: how pictures become pixels.
       truncate: cut texts that are too long instead of raising.
+      smallest_crop: share of a picture's area that a random part of it holds at least; 1: no random part is taken.
+      flip: mirror every second picture, drawn at random.
 
     Raises (on a call):
       RecordError: a text is too long, or an image does not decode; it names the record.
@@ -55,17 +59,28 @@ class Encoder:
     preprocessing: Preprocessing | None = None
     corruption: Corruption = Corruption()
     truncate: bool = False
+    smallest_crop: float = 1.0
+    flip: bool = False
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         row: dict[str, Any] = {}
         if self.preprocessing:
-            row["pixels"] = resize_and_crop(self._open(record), self.preprocessing)
+            row["pixels"] = self._pixels(record, rng)
         if self.clip_text:
             ids = self._fit(self.clip_text.encode(record.text), self.clip_length, record, "CLIP's")
             self._put(row, "clip", ids, self.clip_length, self.clip_text.pad)
         if self.bart_text:
             self._put_texts(row, record, rng)
         return row
+
+    def _pixels(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+        image = self._open(record)
+        if self.smallest_crop < 1:
+            pixels = random_resized_crop(image, self.preprocessing, rng, self.smallest_crop)
+        else:
+            pixels = resize_and_crop(image, self.preprocessing)
+        mirrored = self.flip and rng.random() < 0.5
+        return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
 
     def limits(self) -> dict[str, int]:
         """Room for a caption in each vocabulary, in tokens, the two ends included."""
@@ -143,33 +158,66 @@ class UnusableRecords:
         self._read = self._unusable = 0
         self._named: set[str] = set()
         self._last = ""
-        self._lock = threading.Lock()  # records are read by several threads
 
-    def add(self, error: RecordError) -> None:
-        """Takes note of one; the same record may come again in a later epoch."""
-        with self._lock:
-            self._last = str(error)
-            if self._last not in self._named:
-                self._named.add(self._last)
-                self.reasons[error.reason] += 1
-                say(f"record passed over, {error.reason}: {error}", everywhere=True)
-
-    def check(self, unusable: np.ndarray) -> None:
-        """After each batch: int [B], how many were passed over for each row.
+    def check(self, faults: np.ndarray) -> None:
+        """After each batch: of each row as one text what was passed over for it, as `tell` writes it.
 
         Raises:
           UserError: more than `limit` of what was read.
         """
-        self._unusable += int(unusable.sum())
-        self._read += len(unusable) + int(unusable.sum())
+        errors = [json.loads(line) for text in faults for line in str(text).splitlines()]
+        for reason, message in errors:
+            self._add(reason, message)
+        self._unusable += len(errors)
+        self._read += len(faults) + len(errors)
         if self._unusable > self.limit * max(self._read, self.GRACE):
             raise UserError(
                 f"{self._unusable} of the {self._read} records read so far cannot be used ({self}), more than "
                 f"config.data.max_unusable={self.limit:g} allows; mend them or raise it; the last one: {self._last}"
             )
 
+    def _add(self, reason: str, message: str) -> None:
+        """Takes note of one; the same record may come again in a later epoch."""
+        self._last = message
+        if message not in self._named:
+            self._named.add(message)
+            self.reasons[reason] += 1
+            say(f"record passed over, {reason}: {message}", everywhere=True)
+
     def __str__(self) -> str:
         return counted(self.reasons)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """Makes the row at a place of the order: what a worker process is sent.
+
+    Attributes:
+      strict: raise what is unusable instead of taking another record for it.
+    """
+
+    source: Any
+    encode: Encoder
+    strict: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        faults: list[str] = []
+        for _ in range(TRIES):
+            try:
+                row = self.encode(self.source[int(index)], rng)
+                return {"index": np.int64(index), "faults": np.str_("\n".join(faults)), **row}
+            except RecordError as e:
+                if self.strict:
+                    raise
+                faults.append(json.dumps([e.reason, str(e)]))
+                index = rng.integers(len(self.source))
+        reasons = counted(Counter(json.loads(fault)[0] for fault in faults))
+        raise UserError(f"{TRIES} records in a row cannot be used ({reasons}); is the data still in its place?")
+
+
+def _leave_devices_alone(worker: int, workers: int) -> None:
+    """In a worker process: whatever it imports must not take the accelerator from the run."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def batches(
@@ -182,18 +230,21 @@ def batches(
     shuffle: bool = True,
     share: tuple[int, int] = (0, 1),
     threads: int = 2,
+    workers: int = 0,
     unusable: UnusableRecords | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches from step `start` on, read ahead by `threads` threads; starting late costs nothing.
+    """Endless batches from step `start` on, read ahead; starting late costs nothing.
 
     A record that cannot be used is replaced by one drawn from the random numbers of its place in the order: the others
-    stay where they are, for any number of processes and threads.
+    stay where they are, for any number of processes, workers and threads.
 
     Args:
       source: see `vlkd_jax.data.sources`.
       batch_size: global; a share of it has `batch_size // n` rows, the global batch's p-th block of so many.
       seed: of the order and of every random choice in `encode`.
       share: (index p of the share, number of shares n).
+      threads: that read, decode and tokenise in this process, or in each worker.
+      workers: processes that do so; 0: none but this one. They are started anew, not forked, and touch no device.
       unusable: counts the records passed over; default: the first one is raised.
 
     Raises (from the iterator):
@@ -202,29 +253,23 @@ def batches(
     import grain  # not at the top: what a task is made of is read where there are no records, and no grain
 
     unusable = UnusableRecords(0.0) if unusable is None else unusable
-
-    def row(index: int, rng: np.random.Generator) -> dict[str, Any]:
-        for tries in range(TRIES):
-            try:
-                return {"index": np.int64(index), "unusable": np.int64(tries), **encode(source[int(index)], rng)}
-            except RecordError as e:
-                if not unusable.limit:
-                    raise
-                unusable.add(e)
-                index = rng.integers(len(source))
-        raise UserError(f"{TRIES} records in a row cannot be used ({unusable}); is the data still in its place?")
-
-    def deliver() -> Iterator[Batch]:
-        for rows in iterator:
-            unusable.check(rows.pop("unusable"))
-            yield Batch(**rows)
-
     data = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         data = data.shuffle()
-    rows = data.repeat().random_map(row)
-    blocks = rows.batch(batch_size // share[1], drop_remainder=True)[share[0] :: share[1]]
+    rows = data.repeat().random_map(_Row(source, encode, strict=not unusable.limit))
+    index, count = share
+    blocks = rows.batch(batch_size // count, drop_remainder=True)[start * count + index :: count]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(blocks.to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
+    ahead = blocks.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also where a program has none
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        ahead = ahead.mp_prefetch(processes, _leave_devices_alone)
+
+    def deliver() -> Iterator[Batch]:
+        for block in ahead:
+            unusable.check(block.pop("faults"))
+            yield Batch(**block)
+
     return deliver()

@@ -5,6 +5,7 @@ A source has `__len__` and `__getitem__(index) -> Record`; a record is a functio
 
 from __future__ import annotations
 
+import array
 import codecs
 import dataclasses
 import functools
@@ -34,14 +35,14 @@ class Record:
 
     Attributes:
       text: the clean caption or text.
-      image: uint8 [height, width, 3], the path of a picture, or None for a text alone.
+      image: uint8 [height, width, 3], a picture's file or its bytes, or None for a text alone.
       context: a text that the decoder reads beside the corrupted one, where an image would stand (text-only records).
       prompt: a start of `text` that is given: the corrupted text is it and one `<mask>`, and it carries no loss.
       name: what an error message calls this record.
     """
 
     text: str
-    image: np.ndarray | Path | None = None
+    image: np.ndarray | Path | bytes | None = None
     context: str = ""
     prompt: str | None = None
     name: str = ""
@@ -61,26 +62,57 @@ class TextQuestion:
 class TextLines:
     """A file with one text a line (blank lines are passed over), for text-only replay.
 
+    Where each begins is known, eight bytes a text; they stay in the file. A .gz, which has no places, is read whole.
+
     Raises:
       UserError: the file is missing, is not UTF-8 or holds no text.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        lines = [line.removesuffix("\r") for line in read_text(self.path).split("\n")]
-        self.lines = [line for line in lines if line.strip()]
-        if not self.lines:
+        self._whole = self.path.suffix == ".gz"
+        self._texts = _whole_lines(self.path) if self._whole else _line_starts(self.path)
+        if not len(self._texts):
             raise UserError(f"{self.path}: no text in it; give a file with one text a line")
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._texts)
 
     def key(self, index: int) -> str:
         """What must not lie on both sides of a split: the text."""
-        return self.lines[index]
+        if self._whole:
+            return self._texts[index]
+        with open(self.path, "rb") as file:  # a handle of its own for every thread and process
+            file.seek(self._texts[index])
+            return _plain_line(file.readline(), self._texts[index])
 
     def __getitem__(self, index: int) -> Record:
-        return Record(self.lines[index], name=f"{self.path} text {index + 1}")
+        return Record(self.key(index), name=f"{self.path} text {index + 1}")
+
+
+def _plain_line(line: bytes, start: int) -> str:
+    """The text of a line that begins at this byte of its file."""
+    return line.decode("utf-8" if start else "utf-8-sig").removesuffix("\n").removesuffix("\r")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    return [line for line in lines if line.strip()]
+
+
+def _line_starts(path: Path) -> Sequence[int]:
+    """The bytes at which the lines begin that are not blank."""
+    starts, position = array.array("q"), 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if _plain_line(line, position).strip():
+                    starts.append(position)
+                position += len(line)
+    except (OSError, UnicodeDecodeError):
+        read_text(path)  # which says what is wrong
+        raise
+    return starts
 
 
 class FolderPairs:
@@ -101,7 +133,7 @@ class FolderPairs:
 
     def __init__(self, captions: str | Path, images: str | Path, max_unusable: float = 0.0):
         self.path, self.images = Path(captions), Path(images)
-        readers = {".json": _coco_pairs, ".jsonl": _jsonl_pairs, ".tsv": _tsv_pairs}
+        readers = {".json": coco_pairs, ".jsonl": _jsonl_pairs, ".tsv": _tsv_pairs}
         if self.path.suffix not in readers:
             raise UserError(f"{self.path}: data.captions must end in .json (COCO), .jsonl or .tsv")
         self.pairs = readers[self.path.suffix](self.path)
@@ -216,27 +248,26 @@ class Subset:
     """
 
     def __init__(self, source, held_out: bool, every: int = 20):
-        keys = [source.key(i) for i in range(len(source))]
-        apart = _held_out_keys(set(keys), every)
-        self.source, self.indices = source, [i for i, key in enumerate(keys) if (key in apart) == held_out]
-        if not self.indices:
+        hashes = np.fromiter((_key_hash(source.key(i)) for i in range(len(source))), np.uint64, len(source))
+        apart = hashes % np.uint64(every) == 0
+        if apart.all() or not apart.any():  # at least one key, and of two or more not all
+            apart = hashes == hashes.min()
+        self.source, self.indices = source, np.flatnonzero(apart == held_out)
+        if not len(self.indices):
             raise UserError(
-                f"{source.path}: {len(set(keys))} different item(s) leave none to train on beside the held-out ones; "
-                "add some"
+                f"{source.path}: {len(np.unique(hashes))} different item(s) leave none to train on beside the held-out "
+                "ones; add some"
             )
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self.source[self.indices[index]]
+        return self.source[int(self.indices[index])]
 
 
-def _held_out_keys(keys: set[str], every: int) -> set[str]:
-    """Those whose hash is a multiple of `every`, but at least one and, of two or more, not all."""
-    hashes = {key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in keys}
-    chosen = {key for key, digest in hashes.items() if int.from_bytes(digest, "big") % every == 0}
-    return chosen if 0 < len(chosen) < len(keys) else {min(hashes, key=hashes.__getitem__)}
+def _key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def read_text(path: Path) -> str:
@@ -297,7 +328,8 @@ Pairs = list[tuple[str, Any, Any] | RecordError]
 """(where, image, caption) of each line or entry, as they stand there; in the place of a line that is none, why."""
 
 
-def _coco_pairs(path: Path) -> Pairs:
+def coco_pairs(path: Path) -> Pairs:
+    """The captions of a COCO file with their pictures. Raises UserError for what is none."""
     data = read_json(path)
     try:
         files = image_files(path, data)

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
+from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.sources import (
     CaptionTexts,
     FolderPairs,
@@ -57,12 +58,20 @@ def _folder(config: ConfigDict, split: str) -> Subset:
     return Subset(pairs, split == "validation", data.validation_every)
 
 
+def _records(config: ConfigDict, split: str) -> RecordPairs:
+    data = config.data
+    if not data.directory:
+        raise UserError("config.data.directory is empty; set it to a directory that vlkd prepare has written")
+    return RecordPairs(data.directory, data.validation_split if split == "validation" else data.split)
+
+
 SOURCES = {
     "shapes": SourceKind(shapes.pairs, shapes.texts, drawn=True, text_questions=shapes.text_questions),
     "shapes_texts": SourceKind(
         shapes.texts, shapes.texts, has_images=False, drawn=True, text_questions=shapes.text_questions
     ),
     "folder": SourceKind(_folder, lambda config, split: CaptionTexts(_folder(config, split))),
+    "tfds": SourceKind(_records, lambda config, split: CaptionTexts(_records(config, split))),
 }
 """What `config.data.source` can be; also what `config.data.replay` can be beside a file."""
 
@@ -128,9 +137,13 @@ def train_stream(
         "shuffle": not source_kind(config).drawn,
         "share": share,
         "threads": config.data.threads,
+        "workers": config.data.workers,
         "unusable": unusable,
     }
-    stream = batches(pairs, task.encoder, **options)
+    encode = task.encoder
+    if encode.preprocessing:
+        encode = dataclasses.replace(encode, smallest_crop=config.data.smallest_crop, flip=config.data.flip)
+    stream = batches(pairs, encode, **options)
     if replay is None:
         return stream
     # of one seed with the pairs, the captions of a folder would come in the pairs' order with the pairs' corruption

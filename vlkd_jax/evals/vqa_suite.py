@@ -148,7 +148,8 @@ def _candidates(suite: ConfigDict) -> tuple[str, ...]:
         return ()
     path = place(suite, "answers")
     if path.suffix != ".json":
-        return tuple(dict.fromkeys(line.strip() for line in TextLines(path).lines))
+        lines = TextLines(path)
+        return tuple(dict.fromkeys(lines.key(k).strip() for k in range(len(lines))))
     data = read_json(path)
     if not isinstance(data, list):
         return _most_frequent(suite, path, data)
