@@ -32,13 +32,17 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """
     image = check_header(source)
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise nearly anything for damaged data
         raise _damaged(source, e) from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB; transparency lies on white."""
+    """A picture of any mode as RGB, decoded; transparency lies on white."""
+    if image.mode == "RGB":
+        image.load()
+        return image
     if image.mode in ("RGBA", "LA", "P", "PA"):
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
