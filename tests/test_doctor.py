@@ -73,6 +73,14 @@ def test_the_mesh_of_a_config(assets):
     assert faults[-1].name == "mesh" and "config.batch_size is 6; it must be a multiple of 4" in faults[-1].seen
 
 
+def test_what_has_no_plan(assets):
+    """Of pre-training a config tells its mesh alone."""
+    config = tiny_config(assets, objective="bart_denoise", data__source="shapes_texts")
+    found = list(doctor.examine(config, None, ALONE))
+    assert "mesh" in {f.name for f in found} and "memory" not in {f.name for f in found}
+    assert all(f.level != FAULT for f in found)
+
+
 @pytest.mark.parametrize(("limit", "level"), [(2**40, OK), (2**20, FAULT)])
 @pytest.mark.parametrize("on_device", [True, False])
 def test_memory_against_the_plan(limit, level, on_device, monkeypatch, assets):

@@ -265,16 +265,17 @@ def examine(config: ConfigDict | None, workdir: str | None, together: Sequence[A
       workdir: its directory.
       together: values of `PROCESSES`.
     """
+    planned = config if config and config.objective == "vlkd" else None  # the others have no plan
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", packages),
         ("processes", lambda: start(together)),
         ("devices", devices),
         *([("mesh", lambda: mesh(config))] if config else []),
         ("port", lambda: port(together[0])),
-        ("disk", lambda: disk(workdir, config)),
+        ("disk", lambda: disk(workdir, planned)),
         ("/dev/shm", shared_memory),
         ("compile cache", compile_cache),
-        *([("memory", lambda: memory(config))] if config else []),
+        *([("memory", lambda: memory(planned))] if planned else []),
     ]
     for name, check in checks:
         try:
