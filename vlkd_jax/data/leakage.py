@@ -31,6 +31,8 @@ BLOCK = 100_000
 """Training pictures that are compared at once."""
 SHOWN = 60
 """Pairs on the page, the nearest first."""
+PAIRS = ".sample .scene { object-fit: contain; } .beside { align-items: start; }"
+"""Style of two pictures side by side, of any shape."""
 MAX_DISTANCE = 8
 """Above it nearly every picture has a near one."""
 
@@ -156,8 +158,8 @@ def page(told: dict[str, Any], leaks: list[dict[str, Any]], train: Path, evaluat
     more = f"<p class='note'>The {len(chosen)} nearest of {len(leaks):,}; all are in leaks.jsonl.</p>" if leaks else ""
     title = f"{told['exact'] + told['near']:,} of {told['eval']:,} evaluation pictures are in training"
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style><main>"
-        f"<h1>{title}</h1><p>{escaped(evaluation)} against the {told['train']:,} of {escaped(train)}.</p>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title><style>{STYLE}{PAIRS}</style>"
+        f"<main><h1>{title}</h1><p>{escaped(evaluation)} against the {told['train']:,} of {escaped(train)}.</p>"
         f"{table(('', 'evaluation pictures', 'share'), rows)}<p class='note'>Near is a suspicion: plain pictures have "
         f"near hashes too. Look at the pairs.</p>{''.join(cards)}{more}</main></html>\n"
     )
