@@ -152,14 +152,14 @@ class Program:
       flops: of a step on all chips together: products of matrices and convolutions, recomputed ones among them.
       bytes: of each chip: "parameters" (trained and frozen), "optimizer", "batch", "temporaries" (activations,
         gradients, buffers).
-      collectives: kind -> bytes that each chip sends in a step.
+      collectives: kind -> bytes that each chip sends in a step; None: it was not compiled to its end.
       limit: bytes that the compiler had for all this; None: it did not say.
       seconds: that compiling took.
     """
 
     flops: float
     bytes: dict[str, int]
-    collectives: dict[str, float]
+    collectives: dict[str, float] | None
     limit: int | None
     seconds: float
 
@@ -192,14 +192,29 @@ def compile_step(config: ConfigDict, task: Task, mesh: Mesh) -> Program:
     return Program(flops, known | {"temporaries": temporaries}, traffic, None, time.monotonic() - since)
 
 
+REFUSALS = (
+    r"HLO temporaries \((?P<temporaries>[\d.]+[KMG])\) exceeds available HBM \((?P<limit>[\d.]+[KMG])\)",
+    r"Used (?P<used>[\d.]+[KMG]) of (?P<limit>[\d.]+[KMG]) hbm",
+)
+"""How the TPU compiler says that a program does not fit."""
+
+
 def _too_large(error: Exception, flops: float, known: dict[str, int], seconds: float) -> Program:
-    """What the TPU compiler says of a program that it refuses because it does not fit."""
-    match = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+    """What the TPU compiler says of a program that it refuses because it does not fit.
+
+    Raises:
+      UserError: it does not fit, and by how much is not said in a way that this knows.
+    """
+    match = next(filter(None, (re.search(pattern, str(error)) for pattern in REFUSALS)), None)
+    if not match and "RESOURCE_EXHAUSTED" in str(error):
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"the step does not fit ({reason}); raise config.accumulate, or take more chips") from error
     if not match:
         raise error
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    used, limit = (int(float(match[k]) * units[match[k + 1]]) for k in (1, 3))
-    return Program(flops, known | {"temporaries": max(0, used - sum(known.values()))}, {}, limit, seconds)
+    told = {name: int(float(size[:-1]) * units[size[-1]]) for name, size in match.groupdict().items()}
+    temporaries = told.get("temporaries", told.get("used", 0) - sum(known.values()))
+    return Program(flops, known | {"temporaries": max(0, temporaries)}, None, told["limit"], seconds)
 
 
 def _shard_bytes(trees: Any) -> int:
@@ -238,7 +253,7 @@ def plan(config: ConfigDict, topology: str, utilisation: float, rows: int | None
         "bytes_by_kind": program.bytes,
         "memory_per_chip": limit,
         "flops_per_step": program.flops,
-        "collective_bytes": sum(program.collectives.values()),
+        "collective_bytes": None if program.collectives is None else sum(program.collectives.values()),
         "collectives": program.collectives,
         "compile_seconds": round(program.seconds, 1),
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
@@ -299,9 +314,10 @@ def table(result: dict[str, Any], config: ConfigDict) -> str:
         ("bytes per chip", f"{_gib(result['bytes_per_chip'])} GiB" + (f" of {_gib(limit)}" if limit else "")),
         *((f"  {kind}", f"{_gib(size)} GiB") for kind, size in result["bytes_by_kind"].items()),
         ("flops per step", f"{result['flops_per_step']:.3e}"),
-        ("sent by each chip in a step", f"{_gib(result['collective_bytes'])} GiB"),
-        *((f"  {kind}", f"{_gib(size)} GiB") for kind, size in result["collectives"].items()),
     ]
+    if result["collectives"] is not None:
+        rows.append(("sent by each chip in a step", f"{_gib(result['collective_bytes'])} GiB"))
+        rows += [(f"  {kind}", f"{_gib(size)} GiB") for kind, size in result["collectives"].items()]
     if result["images_per_second"]:
         rows += [
             (f"images/s at {result['utilisation']:.0%} of peak", f"{result['images_per_second']:,.0f}"),
@@ -341,7 +357,8 @@ def sweep_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         axes = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1) or "1"
         cells = [result["topology"], axes, f"{result['batch_size']:,}", "yes" if result["fits"] else "no"]
-        cells += [_gib(result["bytes_per_chip"]), _gib(result["collective_bytes"])]
+        sent = result["collective_bytes"]
+        cells += [_gib(result["bytes_per_chip"]), "-" if sent is None else _gib(sent)]
         images = result["images_per_second"]
         if images:
             each = images / result["chips"]

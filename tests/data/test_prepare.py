@@ -300,6 +300,9 @@ def test_mistakes_of_the_command(prepared, images, tmp_path):
         (tmp_path / "x.txt").touch()
         with pytest.raises(UserError, match=told):
             prepare(tmp_path / name, tmp_path / "o", columns, Options())
+    for pattern in ("{nothing}", "{0}", "{row", "{path.x}"):
+        with pytest.raises(UserError, match=r"its fields are \{path\}"):
+            prepare(path, tmp_path / "o", Columns(name=pattern), Options())
     (tmp_path / "head.csv").write_text("url,text\na,b\n")
     with pytest.raises(UserError, match="no column image, caption; it has url, text; name them by --image"):
         parts(tmp_path / "head.csv", Columns(), 5)

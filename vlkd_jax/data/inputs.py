@@ -28,7 +28,7 @@ class Columns:
 
     Attributes:
       image, caption: names of columns; of a TSV without a head: numbers, from 0.
-      images: the folder of the pictures; None: the file's own.
+      images: the folder of the pictures; None: paths are taken as they stand.
       name: a picture's file in it, by the fields row (from 0), name (the last part of the image's column), md5 and
         sha256 (of that column, such as an URL); "{path}" is the column as it stands.
     """
@@ -37,6 +37,14 @@ class Columns:
     caption: str = "caption"
     images: str | None = None
     name: str = "{path}"
+
+    def check(self) -> None:
+        """Raises UserError for a `name` with fields that there are not."""
+        try:
+            self.picture("a/b.jpg", 0)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            told = f"--names={self.name}: {type(error).__name__} {error}"
+            raise UserError(f"{told}; its fields are {{path}}, {{name}}, {{row}}, {{md5}}, {{sha256}}") from error
 
     def picture(self, value: str, row: int) -> Path:
         """Where the picture of a row lies."""

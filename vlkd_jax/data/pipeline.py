@@ -160,7 +160,7 @@ class UnusableRecords:
         self._last = ""
 
     def check(self, faults: np.ndarray) -> None:
-        """After each batch: of each row as one text what was passed over for it, as `tell` writes it.
+        """After each batch: of each row as one text what was passed over for it, as `_Row` writes it.
 
         Raises:
           UserError: more than `limit` of what was read.

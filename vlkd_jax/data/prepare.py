@@ -210,6 +210,7 @@ def prepare(
     Raises:
       UserError: a source or an output that cannot be used, an output of other options, too many skipped pairs.
     """
+    columns.check()
     if (output / MANIFEST).exists():
         _check_same(output / MANIFEST, _describe(source, columns, options))
         return json.loads((output / MANIFEST).read_text())
