@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import environment, tiny_config
+from tiny import environment, tiny_config, without_gloo
 
 from vlkd_jax import runtime
 from vlkd_jax.identity import INPUTS_FILE, hash_inputs
@@ -85,7 +85,7 @@ def run_two(workdir, assets) -> list[list[str]]:
     outputs = [process.communicate(timeout=180) for process in processes]
     for process, (_, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err
-    return [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
+    return [without_gloo(out) for out, _ in outputs]
 
 
 def test_process_0_acts_for_both_and_its_errors_are_everybodys(assets, tmp_path):

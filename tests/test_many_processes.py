@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from tiny import ROOT, arguments, environment, make_mesh, tiny_config
+from tiny import ROOT, arguments, environment, make_mesh, tiny_config, without_gloo
 
 from vlkd_jax.train import train
 from vlkd_jax.vlkd import load_run
@@ -130,7 +130,7 @@ def test_one_process_writes_and_speaks(two):
     kept = {"config.json", "inputs.json", "metrics.jsonl", "tensorboard", "checkpoints", "parents"}
     assert kept == set(os.listdir(workdir))
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in ended.outputs]
+    lines = [without_gloo(out) for out in ended.outputs]
     assert any("step 6/6" in line for line in lines[0]) and "8 device(s) (data 2 x fsdp 4)" in ended.outputs[0]
     assert lines[1] == [] and ended.errors[1] == ""
 

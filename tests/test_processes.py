@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import jax
 import pytest
 from test_runtime import catches_sigterm
-from tiny import ROOT, environment
+from tiny import ROOT, environment, without_gloo
 
 from vlkd_jax import cluster, processes, runtime
 from vlkd_jax.errors import UserError
@@ -141,16 +141,10 @@ def running(*each: tuple[list[str], dict[str, str]]) -> Iterator[list[subprocess
             process.communicate()
 
 
-GLOO = re.compile(
-    r"\[Gloo\] Rank \d+|\s?is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n?"
-)
-"""What gloo says of its connections; other output may stand in the middle of it."""
-
-
-def endings(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit code, output without gloo's, errors) of each."""
+def endings(started: list[subprocess.Popen]) -> list[tuple[int, list[str], str]]:
+    """(exit code, lines of output without gloo's, errors) of each."""
     outputs = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, GLOO.sub("", out), err) for process, (out, err) in zip(started, outputs, strict=True)]
+    return [(process.returncode, without_gloo(out), err) for process, (out, err) in zip(started, outputs, strict=True)]
 
 
 def by_flags(port: int, tasks: str, *more: str) -> list[tuple[list[str], dict[str, str]]]:
@@ -181,14 +175,14 @@ def by_jobset(port: int) -> list[tuple[list[str], dict[str, str]]]:
 @pytest.mark.parametrize("surroundings", [by_slurm, by_open_mpi, by_jobset])
 def test_processes_that_jax_finds_by_itself_and_what_they_tell_one_another(surroundings, port):
     with running(*surroundings(port)) as started:
-        assert endings(started) == [(0, "met 0\n", ""), (0, "met 1\n", "")]
+        assert endings(started) == [(0, ["met 0"], ""), (0, ["met 1"], "")]
 
 
 def test_a_signal_to_one_process_ends_all(port):
     """And it comes to `runtime.watched`, not to JAX, which takes SIGTERM where one lets it."""
     with running(*by_flags(port, "signalled")) as started:
         line = "stopped by SIGTERM after step 3\n"
-        assert endings(started) == [(143, "met 0\n", line), (143, "met 1\n", line)]
+        assert endings(started) == [(143, ["met 0"], line), (143, ["met 1"], line)]
 
 
 def test_a_mistake_that_all_know_of_is_one_line_in_each(port):
@@ -357,7 +351,7 @@ def test_mistakes_of_a_start_are_one_line_and_exit_code_2(port):
     alone = by_flags(port, "tell", "--start_seconds=1")[1], (["--start_seconds=2"], by_slurm(port)[1][1])
     with running(*alone) as started:
         (code, out, err), (found_code, found_out, found_err) = endings(started)
-    assert (code, out, err.count("\n")) == (2, "", 1) == (found_code, found_out, found_err.count("\n"))
+    assert (code, out, err.count("\n")) == (2, [], 1) == (found_code, found_out, found_err.count("\n"))
     assert err.startswith("error: process 1 could not meet process 0 at --coordinator=localhost:")
     assert found_err.startswith("error: JAX did not start within 2 s with the coordinator that JAX found through SLURM")
 
@@ -371,7 +365,7 @@ def test_a_signal_ends_the_wait_for_others(port):
         time.sleep(3)  # both wait by then; earlier they end in the same way
         for process in started:
             process.send_signal(signal.SIGTERM)
-        assert endings(started) == [(143, "", "stopped by SIGTERM\n")] * 2
+        assert endings(started) == [(143, [], "stopped by SIGTERM\n")] * 2
 
 
 POD = {"JOBSET_COORDINATOR": "run-workers-0-0.run", "JOBSET_JOBS": "3", "JOBSET_JOB_INDEX": "2", "JOBSET_PODS": "4"}

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,20 @@ def command_line(module: str, argv: list[str]) -> subprocess.CompletedProcess[st
     """Runs `python -m vlkd_jax.MODULE` to its end."""
     command = [sys.executable, "-m", f"vlkd_jax.{module}", *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+
+
+GLOO = re.compile(
+    r"\[Gloo\] Rank \d*|\d* ?is connected to \d*|\d* ?peer ranks\. |Expected number of connected peer ranks is : \d*\n?"
+)
+
+
+def without_gloo(output: str) -> list[str]:
+    """The lines without what gloo's threads say of their connections: its pieces mix with each other's and with ours.
+
+    A rank may come to stand alone or before a line of ours, which therefore must not begin with a number.
+    """
+    lines = (line.lstrip(" 0123456789") for line in GLOO.sub("", output).splitlines())
+    return [line for line in lines if line]
 
 
 def generate(model, batch_size, sources, prefixes, max_new_tokens, images=None, image_of=None, contexts=None):
