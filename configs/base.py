@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "split": "train[1%:]",  # tfds: what is trained on, in tensorflow-datasets' terms
                 "validation_split": "train[:1%]",  # tfds: what is held out
                 "validation_every": 20,  # folder: one image in so many is held out, with all its captions
+                "teacher_cache": "",  # what vlkd cache-teacher wrote: pictures are not decoded and the teacher is not run
                 "replay": "",  # texts for loss.denoise and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)

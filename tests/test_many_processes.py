@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from tiny import ROOT, arguments, environment, make_mesh, tiny_config, without_gloo
+from tiny import ROOT, arguments, environment, make_mesh, tiny_config, without_gloo, write_pictures
 
+from vlkd_jax.cache_teacher import cache_teacher
 from vlkd_jax.train import train
 from vlkd_jax.vlkd import load_run
 
@@ -78,8 +79,11 @@ def train_lines(workdir: Path) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
+TERMS = ("ttdm", "itcl", "icti")
+
+
 def losses(workdir: Path) -> dict[int, dict]:
-    kept = ("loss", "ttdm", "itcl", "icti", "denoise", "grad_norm", "lr", "skipped", "unusable_records")
+    kept = ("loss", *TERMS, "denoise", "grad_norm", "lr", "skipped", "unusable_records")
     return {line["step"]: {name: line[name] for name in kept} for line in train_lines(workdir)}
 
 
@@ -139,6 +143,31 @@ def test_one_process_writes_and_speaks(two):
 def test_its_checkpoint_is_read_by_one_process(two, sizes):
     """On 1, 4 and 8 devices, bit for bit."""
     same_bits(load_run(two[0], mesh=make_mesh(*sizes))[1], load_run(two[0])[1])
+
+
+def test_two_processes_cache_a_teacher_as_one_does(assets, tmp_path):
+    """Each computes files of its own; both then read all of them."""
+    (tmp_path / "captions.tsv").write_text("\n".join(write_pictures(tmp_path / "images", 40)) + "\n")
+    folder = {"data__source": "folder", "data__captions": str(tmp_path / "captions.tsv")}
+    options = folder | {"data__images": str(tmp_path / "images"), "steps": 3, **MESH}
+    argv = arguments(assets, tmp_path, **options)
+    argv = [argument for argument in argv if not argument.startswith("--workdir")]
+    two = run("cache_teacher", [*argv, f"--output={tmp_path / 'two'}"])
+    assert two.codes == [0, 0], "\n".join(two.errors)
+    one = cache_teacher(tiny_config(assets, **options), tmp_path / "one")
+    again = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    assert {**again, "shards": 0} == {**one, "shards": 0, "batch_rows": again["batch_rows"], "rows": again["rows"]}
+    rows = [
+        np.concatenate([np.load(path) for path in sorted((tmp_path / name).glob("*.npy"))]) for name in ("one", "two")
+    ]
+    for name in ("tokens", "image", "text"):
+        np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-5)
+    options["data__teacher_cache"] = str(tmp_path / "two")
+    ended = run("train", arguments(assets, tmp_path / "run", **options))
+    assert ended.codes == [0, 0], ended.errors
+    train(tiny_config(assets, **options), tmp_path / "alone")
+    for ours, theirs in zip(train_lines(tmp_path / "run"), train_lines(tmp_path / "alone"), strict=True):
+        assert [ours[name] for name in TERMS] == pytest.approx([theirs[name] for name in TERMS], rel=1e-4)
 
 
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(assets, two, tmp_path):

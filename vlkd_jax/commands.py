@@ -320,6 +320,37 @@ COMMANDS = {
         example="shards --output=data/cc3m --workers=8",
         needs_device=False,
     ),
+    "cache-teacher": Command(
+        module="vlkd_jax.cache_teacher",
+        summary="the frozen teacher's outputs computed once, for many epochs",
+        description="Runs the frozen CLIP of a config once over the pairs that training reads. Train with the same "
+        "config and --config.data.teacher_cache=DIR: pictures are then not decoded, nor is the teacher run. The cache "
+        "is tied to the weights, the preprocessing and the data by their hashes. The same command again goes on where "
+        "one was cut off.",
+        options=(
+            Option(
+                "config",
+                "NAME",
+                "of training, as for vlkd train",
+                kind="config",
+                required=True,
+                overrides="overrides a field; config.student.image_tokens says which tokens are kept",
+            ),
+            Option("output", "DIR", "directory to write; several processes need one that all see", required=True),
+            Option(
+                "dtype",
+                "DTYPE",
+                "float32|bfloat16|int8; the last two tell their error",
+                kind="choice",
+                default="float32",
+                choices=("float32", "bfloat16", "int8"),
+            ),
+            *PROCESSES,
+            JSON,
+        ),
+        example="--config=folder --config.data.captions=captions.jsonl --output=cache",
+        exit_codes=(0, 1, 2, 4, 130, 143),
+    ),
     "leakage": Command(
         module="vlkd_jax.data.leakage",
         summary="pictures of an evaluation set that training has seen",

@@ -28,7 +28,7 @@ INPUTS_FILE = "inputs.json"
 TEXTS_OF_THE_RUN = ("", "captions", "shapes_texts")
 """Values of `config.data.replay` that are not a file."""
 
-FIELDS = ("clip", "bart", "data.captions", "data.directory", "data.replay")
+FIELDS = ("clip", "bart", "data.captions", "data.directory", "data.replay", "data.teacher_cache")
 """The fields whose files are hashed: two directories, two files, and of a directory of records what describes them."""
 DESCRIPTIONS = ("manifest.json", "dataset_info.json")
 """One of them is hashed, the first that is there; the manifest holds the hashes of the record files."""
@@ -59,7 +59,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
                 config[field] = processes.on_first(lambda name=config[field]: pinned(name))
             elif not config[field].startswith(BUILTIN):
                 config[field] = _absolute(config[field])
-        for field in ("captions", "images", "directory"):
+        for field in ("captions", "images", "directory", "teacher_cache"):
             config.data[field] = _absolute(config.data[field])
         if config.data.replay not in TEXTS_OF_THE_RUN:
             config.data.replay = _absolute(config.data.replay)
@@ -100,9 +100,10 @@ def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
     for field, value in (("data.captions", config.data.captions), ("data.replay", config.data.replay)):
         if value not in TEXTS_OF_THE_RUN and Path(value).is_file():
             files[field] = [Path(value)]
-    if config.data.directory:
-        described = [Path(config.data.directory) / name for name in DESCRIPTIONS]
-        files["data.directory"] = [path for path in described if path.is_file()][:1]
+    for field in ("directory", "teacher_cache"):
+        if config.data[field]:
+            described = [Path(config.data[field]) / name for name in DESCRIPTIONS]
+            files[f"data.{field}"] = [path for path in described if path.is_file()][:1]
     files = {field: paths for field, paths in files.items() if field in fields}
     with ThreadPoolExecutor(4) as pool:
         return {

@@ -101,6 +101,12 @@ def one_device() -> Mesh:
     return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.local_devices()[:1])
 
 
+def local_mesh() -> Mesh:
+    """A mesh of all devices of this process, over which a batch is spread."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, P())

@@ -29,7 +29,8 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
-from vlkd_jax.data.streams import text_lengths, train_sources, train_stream
+from vlkd_jax.data.streams import cache_key, text_lengths, train_sources, train_stream
+from vlkd_jax.data.teacher_cache import CachedPairs
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
 from vlkd_jax.identity import (
@@ -54,7 +55,7 @@ MAY_CHANGE = (
     *("steps", "log_every", "save_every", "keep", "keep_teacher", "mesh", "watchdog_seconds"),
     *("data.threads", "data.workers", "data.max_unusable", "plan.clip", "plan.bart"),
     # their places: what lies there is compared by its hashes
-    *("clip", "bart", "data.captions", "data.images", "data.directory"),
+    *("clip", "bart", "data.captions", "data.images", "data.directory", "data.teacher_cache"),
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
 BOUNDS = {
@@ -109,6 +110,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     task = make_task(config)
     with claim(workdir, told, may_change, defaults) as directory, jax.set_mesh(mesh):
         sources = train_sources(config, task)
+        if config.data.teacher_cache:
+            key = cache_key(config, task, inputs, sources[0])
+            sources = (CachedPairs(sources[0], config.data.teacher_cache, key), sources[1])
         optimizer = make_optimizer(config.optim, config.steps, task.new)
         with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
             abstract = abstract_state(task, optimizer, mesh)

@@ -8,7 +8,7 @@ W beams, R memories that beams share (B / W). Masks are bool, True = keep; seque
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -43,6 +43,8 @@ __all__ = [
     "Int",
     "Key",
     "Params",
+    "Quantized",
+    "TeacherOutputs",
     "TrainState",
     "UInt8",
 ]
@@ -50,6 +52,25 @@ __all__ = [
 Array = jax.Array
 Params = Any
 """A nested dict of arrays, as Flax makes it."""
+
+
+class Quantized(NamedTuple):
+    """Vectors as int8, each with a scale of its own: `values * scale`."""
+
+    values: Any
+    scale: Any
+
+
+class TeacherOutputs(NamedTuple):
+    """Image tokens, E wide or as wide as CLIP's image tower, and the embeddings of image and text.
+
+    In a batch they come from a teacher cache: the embeddings are not normalised there, each may be compressed (see
+    compression.py), and `tokens` is None where the image's embedding is the one token.
+    """
+
+    tokens: Any
+    image: Any
+    text: Any
 
 
 @flax.struct.dataclass
@@ -64,6 +85,7 @@ class Batch:
       target_mask: bool [B, L], which of text_ids the losses count: all but padding and a given prompt.
       source_ids, source_mask: int32 and bool [B, S], the corrupted text that the student's encoder reads.
       context_ids, context_mask: int32 and bool [B, C], a text the decoder may read beside it (text-only records).
+      teacher: `TeacherOutputs` of a cache, in place of pixels, clip_ids and clip_mask.
       replay: a text-only batch mixed in to keep the student's text abilities.
     """
 
@@ -78,6 +100,7 @@ class Batch:
     source_mask: Any = None
     context_ids: Any = None
     context_mask: Any = None
+    teacher: Any = None
     replay: Batch | None = None
 
 

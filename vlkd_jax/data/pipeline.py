@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,11 @@ class Encoder:
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        if self.preprocessing:
+        if record.teacher is not None:
+            row["teacher"] = record.teacher
+        elif self.preprocessing:
             row["pixels"] = self._pixels(record, rng)
-        if self.clip_text:
+        if self.clip_text and record.teacher is None:
             ids = self._fit(self.clip_text.encode(record.text), self.clip_length, record, "CLIP's")
             self._put(row, "clip", ids, self.clip_length, self.clip_text.pad)
         if self.bart_text:
@@ -259,17 +261,24 @@ def batches(
     rows = data.repeat().random_map(_Row(source, encode, strict=not unusable.limit))
     index, count = share
     blocks = rows.batch(batch_size // count, drop_remainder=True)[start * count + index :: count]
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    ahead = blocks.to_iter_dataset(options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also where a program has none
-            flags.FLAGS.mark_as_parsed()
-        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(processes, _leave_devices_alone)
 
     def deliver() -> Iterator[Batch]:
-        for block in ahead:
+        for block in read_ahead(blocks, threads, workers):
             unusable.check(block.pop("faults"))
             yield Batch(**block)
 
     return deliver()
+
+
+def read_ahead(data: Any, threads: int, workers: int) -> Iterable[Any]:
+    """The items of a Grain map dataset in order, made by so many threads of this process or of each worker process."""
+    import grain
+
+    ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if not workers:
+        return ahead
+    if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also where a program has none
+        flags.FLAGS.mark_as_parsed()
+    return ahead.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), _leave_devices_alone
+    )

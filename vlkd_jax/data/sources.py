@@ -12,10 +12,12 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import posixpath
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from vlkd_jax.metrics import say
 
 FAULTS_TOLD = 5
 """So many records that cannot be used are named in one message, beside the counts of all."""
+FINGERPRINT_BYTES = 4096
+"""Of each end of a picture's file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Record:
       context: a text that the decoder reads beside the corrupted one, where an image would stand (text-only records).
       prompt: a start of `text` that is given: the corrupted text is it and one `<mask>`, and it carries no loss.
       name: what an error message calls this record.
+      teacher: `TeacherOutputs` of a cache, which stand in for the picture and for CLIP's tokens.
     """
 
     text: str
@@ -46,6 +51,7 @@ class Record:
     context: str = ""
     prompt: str | None = None
     name: str = ""
+    teacher: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +194,27 @@ class FolderPairs:
         """What must not lie on both sides of a split: the image."""
         pair = self.pairs[index]
         return str(pair) if isinstance(pair, RecordError) else posixpath.normpath(str(pair[1]))
+
+    def fingerprint(self) -> str:
+        """A sha256 of every picture's name, size, first and last bytes: another one is noticed without reading all."""
+        names = sorted(
+            {pair[1] for pair in self.pairs if not isinstance(pair, RecordError) and isinstance(pair[1], str)}
+        )
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(8) as pool:
+            for name, ends in zip(names, pool.map(self._ends, names), strict=True):
+                digest.update(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() + ends)
+        return digest.hexdigest()
+
+    def _ends(self, name: str) -> bytes:
+        try:
+            with open(self.images / name, "rb") as file:
+                size, start = file.seek(0, os.SEEK_END), file.seek(0)
+                first = file.read(FINGERPRINT_BYTES)
+                file.seek(max(start, size - FINGERPRINT_BYTES))
+                return hashlib.sha256(size.to_bytes(8) + first + file.read()).digest()
+        except (OSError, ValueError):  # a record that names it cannot be used, which is told elsewhere
+            return bytes(32)
 
     def __len__(self) -> int:
         return len(self.pairs)

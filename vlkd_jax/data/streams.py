@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from vlkd_jax.data.sources import (
     raise_if_too_many,
 )
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.identity import Hashes
 from vlkd_jax.shapes import sources as shapes
 from vlkd_jax.tasks.task import Task
 from vlkd_jax.types import Batch
@@ -39,6 +41,8 @@ class SourceKind:
       texts: the same for the text-only records that go with it.
       has_images: whether its records have pictures.
       drawn: its records are drawn in random order by a program: there is no file to shuffle or to look at.
+      cache_key: (config, source for "train") -> what its records depend on beside the files that `identity` hashes, as
+        JSON values; None: it has too many for a teacher cache.
       text_questions: how many -> that many text-only questions about it, for retention; None: it has none.
     """
 
@@ -46,6 +50,7 @@ class SourceKind:
     texts: Callable[[ConfigDict, str], Any]
     has_images: bool = True
     drawn: bool = False
+    cache_key: Callable[[ConfigDict, Any], dict[str, Any]] | None = None
     text_questions: Callable[[int], list[TextQuestion]] | None = None
 
 
@@ -65,13 +70,25 @@ def _records(config: ConfigDict, split: str) -> RecordPairs:
     return RecordPairs(data.directory, data.validation_split if split == "validation" else data.split)
 
 
+def _folder_cache_key(config: ConfigDict, source: Subset) -> dict[str, Any]:
+    return {"validation_every": config.data.validation_every, "pictures": source.source.fingerprint()}
+
+
+def _records_cache_key(config: ConfigDict, source: RecordPairs) -> dict[str, Any]:
+    return {"split": config.data.split}
+
+
 SOURCES = {
     "shapes": SourceKind(shapes.pairs, shapes.texts, drawn=True, text_questions=shapes.text_questions),
     "shapes_texts": SourceKind(
         shapes.texts, shapes.texts, has_images=False, drawn=True, text_questions=shapes.text_questions
     ),
-    "folder": SourceKind(_folder, lambda config, split: CaptionTexts(_folder(config, split))),
-    "tfds": SourceKind(_records, lambda config, split: CaptionTexts(_records(config, split))),
+    "folder": SourceKind(
+        _folder, lambda config, split: CaptionTexts(_folder(config, split)), cache_key=_folder_cache_key
+    ),
+    "tfds": SourceKind(
+        _records, lambda config, split: CaptionTexts(_records(config, split)), cache_key=_records_cache_key
+    ),
 }
 """What `config.data.source` can be; also what `config.data.replay` can be beside a file."""
 
@@ -112,6 +129,39 @@ def train_sources(config: ConfigDict, task: Task) -> tuple[Any, Any]:
         sources = " or ".join(name for name, kind in SOURCES.items() if kind.has_images)
         raise UserError(f"config.data.source is {config.data.source!r}, which has no pictures; set it to {sources}")
     return make_source(config, "train"), make_text_source(config, "train") if task.mixes_replay else None
+
+
+def cache_key(config: ConfigDict, task: Task, inputs: Hashes, source: Any) -> dict[str, Any]:
+    """What the teacher's outputs for the records of `source` depend on, as JSON values.
+
+    Args:
+      inputs: `identity.hash_inputs` of this config.
+
+    Raises:
+      UserError: a config whose pictures have nothing that could be computed once.
+    """
+    kind, data = source_kind(config), config.data
+    if task.teacher is None:
+        raise UserError(f"config.objective is {config.objective!r}, which has no frozen teacher; a cache is for vlkd")
+    if kind.cache_key is None:
+        sources = " or ".join(name for name, kind in SOURCES.items() if kind.cache_key)
+        raise UserError(f"config.data.source is {data.source!r}, whose records never end; a cache is for {sources}")
+    if data.smallest_crop < 1 or data.flip:
+        raise UserError(
+            "config.data.smallest_crop and config.data.flip change pictures at random; a cache needs 1, False"
+        )
+    key = {
+        "clip": inputs["clip"],
+        "preprocessing": dataclasses.asdict(task.teacher.config.preprocessing),
+        "image_tokens": config.student.image_tokens,
+        "dtype": config.dtype,
+        "truncate": data.truncate,
+        "source": data.source,
+        "records": len(source),
+        "files": [list(inputs.get(f"data.{field}", {}).values()) for field in ("captions", "directory")],
+        **kind.cache_key(config, source),
+    }
+    return json.loads(json.dumps(key))
 
 
 def train_stream(

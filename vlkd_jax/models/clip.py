@@ -227,8 +227,12 @@ class Clip(nn.Module):
 
     def encode_texts(self, input_ids: Int[ArrayLike, "B L"], mask: Bool[ArrayLike, "B L"]) -> Float32[Array, "B E"]:
         """Text embeddings, L2-normalised. Raises UserError when L is too long."""
+        return l2_normalize(self.project_texts(input_ids, mask))
+
+    def project_texts(self, input_ids: Int[ArrayLike, "B L"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B E"]:
+        """Text embeddings before their normalisation. Raises UserError when L is too long."""
         states = self.text_model(input_ids, mask)
-        return l2_normalize(self.text_projection(self.text_model.pool(states, input_ids)))
+        return self.text_projection(self.text_model.pool(states, input_ids))
 
     def __call__(
         self,

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vlkd_jax import losses
+from vlkd_jax import compression, losses
 from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import Encoder
 from vlkd_jax.errors import UserError
@@ -21,19 +20,12 @@ from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.models.clip import Clip, ClipImageOutput, normalize_pixels
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipResNetConfig
+from vlkd_jax.models.layers import l2_normalize
 from vlkd_jax.models.vlkd import HIDDEN, NEW, Student, StudentConfig
 from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
-from vlkd_jax.types import Array, Batch, ConfigDict, Float, Float32, Key, Params
-
-
-class TeacherOutputs(NamedTuple):
-    """Image tokens, E wide or as wide as CLIP's image tower, and the L2-normalised embeddings of image and text."""
-
-    tokens: Float[Array, "B N W"]
-    image: Float32[Array, "B E"]
-    text: Float32[Array, "B E"]
+from vlkd_jax.types import Array, Batch, ConfigDict, DTypeLike, Float, Float32, Key, Params, TeacherOutputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +156,34 @@ def _read_frozen(config: ConfigDict, pull: bool, shardings: Shardings) -> Frozen
 
 def teacher_outputs(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> TeacherOutputs:
     """What the frozen teacher makes of a batch, without a gradient, under the name `TEACHER` (see task.py)."""
+    projected = teacher_projections(teacher, params, batch, image_tokens)
+    image, text = l2_normalize(projected.image), l2_normalize(projected.text)
+    tokens = image[:, None] if projected.tokens is None else projected.tokens
+    return checkpoint_name(jax.lax.stop_gradient(TeacherOutputs(tokens, image, text)), TEACHER)
+
+
+def teacher_projections(teacher: Clip, params: Params, batch: Batch, image_tokens: str) -> TeacherOutputs:
+    """`teacher_outputs` before normalisation, `tokens` None where they are "pooled"; of a batch from a cache, its own.
+
+    These come out of matrix products, with which no compiler fuses what follows: a step that reads them from a cache
+    computes with the same bits as one that runs the teacher.
+    """
+    if batch.teacher is not None:
+        tokens, image, text = batch.teacher
+        tokens = None if tokens is None else compression.restore(tokens, teacher.dtype)
+        return TeacherOutputs(tokens, *(compression.restore(x, jnp.float32) for x in (image, text)))
     params = jax.lax.stop_gradient(params)
     pixels = normalize_pixels(batch.pixels, teacher.config.preprocessing)
     output = teacher.apply({"params": params}, pixels, method="encode_images")
-    text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="encode_texts")
-    outputs = jax.lax.stop_gradient(TeacherOutputs(select_tokens(output, image_tokens), output.embedding, text))
-    return checkpoint_name(outputs, TEACHER)
+    text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="project_texts")
+    tokens = None if image_tokens == "pooled" else select_tokens(output, image_tokens)
+    return TeacherOutputs(tokens, *(_widened(x, teacher.dtype) for x in (output.tokens[:, 0], text)))
+
+
+def _widened(x: Float[Array, "B E"], dtype: DTypeLike) -> Float32[Array, "B E"]:
+    """x in float32, rounded to its `dtype`: compilers leave the rounding out where they see both conversions."""
+    wide, info = x.astype(jnp.float32), jnp.finfo(dtype)
+    return wide if dtype == jnp.float32 else jax.lax.reduce_precision(wide, info.nexp, info.nmant)
 
 
 def select_tokens(output: ClipImageOutput, kind: str) -> Float[Array, "B N W"]:
