@@ -21,11 +21,12 @@ def get_config() -> ConfigDict:
                 "source": "shapes",  # shapes | shapes_texts | folder | tfds
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
                 "images": "",  # folder: where the images lie
-                "directory": "",  # tfds: record files, as vlkd prepare writes them
+                "directory": "",  # tfds: record files, as vlkd prepare writes them; with weights several: DIR,DIR
+                "weights": (),  # tfds: of each directory its share of what is drawn, in any unit: 3,1
                 "split": "train[1%:]",  # tfds: what is trained on, in tensorflow-datasets' terms
                 "validation_split": "train[:1%]",  # tfds: what is held out
                 "validation_every": 20,  # folder: one image in so many is held out, with all its captions
-                "teacher_cache": "",  # what vlkd cache-teacher wrote: pictures are not decoded and the teacher is not run
+                "teacher_cache": "",  # from vlkd cache-teacher, instead of decoding pictures and running the teacher
                 "replay": "",  # texts for loss.denoise and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)

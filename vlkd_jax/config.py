@@ -83,3 +83,8 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _filled(d, values[k]) for k, d in defaults.items() if isinstance(d, dict) and k in values}
     return defaults | values | nested
+
+
+def record_directories(data: Any) -> list[str]:
+    """The directories of `config.data.directory`: with `config.data.weights` several, separated by commas."""
+    return data.directory.split(",") if data.weights else [data.directory]

@@ -5,6 +5,7 @@ Paths say where a file lay, not what it held: weights or tokenizers of equal sha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vlkd_jax import processes
-from vlkd_jax.config import BUILTIN, HUB, model_directory
+from vlkd_jax.config import BUILTIN, HUB, model_directory, record_directories
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.hub import pinned
 from vlkd_jax.hf.load import CONFIG, files_read
@@ -59,8 +60,9 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
                 config[field] = processes.on_first(lambda name=config[field]: pinned(name))
             elif not config[field].startswith(BUILTIN):
                 config[field] = _absolute(config[field])
-        for field in ("captions", "images", "directory", "teacher_cache"):
+        for field in ("captions", "images", "teacher_cache"):
             config.data[field] = _absolute(config.data[field])
+        config.data.directory = ",".join(map(_absolute, record_directories(config.data)))
         if config.data.replay not in TEXTS_OF_THE_RUN:
             config.data.replay = _absolute(config.data.replay)
     return config
@@ -100,16 +102,25 @@ def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
     for field, value in (("data.captions", config.data.captions), ("data.replay", config.data.replay)):
         if value not in TEXTS_OF_THE_RUN and Path(value).is_file():
             files[field] = [Path(value)]
-    for field in ("directory", "teacher_cache"):
-        if config.data[field]:
-            described = [Path(config.data[field]) / name for name in DESCRIPTIONS]
-            files[f"data.{field}"] = [path for path in described if path.is_file()][:1]
+    for field, places in (
+        ("data.directory", record_directories(config.data)),
+        ("data.teacher_cache", [config.data.teacher_cache]),
+    ):
+        described = [[Path(place) / name for name in DESCRIPTIONS] for place in places if place]
+        files[field] = [path for paths in described for path in [p for p in paths if p.is_file()][:1]]
     files = {field: paths for field, paths in files.items() if field in fields}
     with ThreadPoolExecutor(4) as pool:
         return {
-            field: dict(zip((path.name for path in paths), pool.map(file_sha256, paths), strict=True))
+            field: dict(zip(_names(paths), pool.map(file_sha256, paths), strict=True))
             for field, paths in files.items()
+            if paths
         }
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The files' names; of files in several directories, which may have one name, with their number in front."""
+    several = len({path.parent for path in paths}) > 1
+    return [f"{number}/{path.name}" if several else path.name for number, path in enumerate(paths)]
 
 
 def record_inputs(workdir: str | os.PathLike[str], inputs: Hashes) -> None:
@@ -247,7 +258,8 @@ def _change_of_file(config: ConfigDict, field: str, before: dict[str, str], afte
     if not before:
         return [f"{value} ({field}) is new"]
     if after:
-        return [_changed(value, field, *before.values(), *after.values())]
+        pairs = itertools.zip_longest(before.values(), after.values(), fillvalue="none")
+        return [_changed(value, field, *next(pair for pair in pairs if pair[0] != pair[1]))]
     moved = f"where it has moved, --config.{field}=FILE tells the run"
     return [f"{value} ({field}) is not the file of the start, {', '.join(before)}; {moved}"]
 

@@ -252,13 +252,9 @@ def batches(
     Raises (from the iterator):
       UserError: too many records that cannot be used, or `TRIES` in a row.
     """
-    import grain  # not at the top: what a task is made of is read where there are no records, and no grain
-
     unusable = UnusableRecords(0.0) if unusable is None else unusable
-    data = grain.MapDataset.range(len(source)).seed(seed)
-    if shuffle:
-        data = data.shuffle()
-    rows = data.repeat().random_map(_Row(source, encode, strict=not unusable.limit))
+    row = _Row(source, encode, strict=not unusable.limit)
+    rows = _order(source, seed, shuffle).random_map(row)
     index, count = share
     blocks = rows.batch(batch_size // count, drop_remainder=True)[start * count + index :: count]
 
@@ -268,6 +264,22 @@ def batches(
             yield Batch(**block)
 
     return deliver()
+
+
+def _order(source: Any, seed: int, shuffle: bool) -> Any:
+    """Endless indices, epoch by epoch; of a mixture each part has epochs of its own, as its weight has it."""
+    import grain  # not at the top: what a task is made of is read where there are no records, and no grain
+
+    def epochs(first: int, length: int) -> Any:
+        data = grain.MapDataset.range(first, first + length).seed(seed)
+        return (data.shuffle() if shuffle else data).repeat()
+
+    spans = getattr(source, "spans", None)
+    if not spans:
+        return epochs(0, len(source))
+    starts = np.cumsum([0, *(length for length, _ in spans)])
+    parts = [epochs(int(first), length) for first, (length, _) in zip(starts, spans, strict=False)]
+    return grain.MapDataset.mix(parts, [weight for _, weight in spans]).seed(seed)
 
 
 def read_ahead(data: Any, threads: int, workers: int) -> Iterable[Any]:

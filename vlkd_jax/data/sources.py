@@ -1,6 +1,7 @@
 """Where records come from: a user's folder, a file of texts. Random access, so that order is arithmetic.
 
-A source has `__len__` and `__getitem__(index) -> Record`; a record is a function of its index alone.
+A source has `__len__` and `__getitem__(index) -> Record`; a record is a function of its index alone. One that mixes
+several has `spans` as well, see `Mixture`.
 """
 
 from __future__ import annotations
@@ -408,11 +409,30 @@ def _tsv_pairs(path: Path) -> Pairs:
     return pairs
 
 
+class Mixture:
+    """Several sources one behind the other, of which records are drawn with given weights.
+
+    Attributes:
+      spans: of each source its length and its weight, in any unit; `pipeline.batches` draws by them.
+    """
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
+        self.sources, self.spans = sources, [(len(s), weight) for s, weight in zip(sources, weights, strict=True)]
+        self._ends = np.cumsum([length for length, _ in self.spans])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[number][int(index - self._ends[number]) + self.spans[number][0]]
+
+
 class CaptionTexts:
     """The captions of pairs, without their pictures: a text-only source."""
 
     def __init__(self, pairs):
-        self.pairs = pairs
+        self.pairs, self.spans = pairs, getattr(pairs, "spans", None)
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlkd_jax.config import record_directories
 from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.sources import (
     CaptionTexts,
     FolderPairs,
+    Mixture,
     Subset,
     TextLines,
     TextQuestion,
@@ -63,18 +66,28 @@ def _folder(config: ConfigDict, split: str) -> Subset:
     return Subset(pairs, split == "validation", data.validation_every)
 
 
-def _records(config: ConfigDict, split: str) -> RecordPairs:
+def _records(config: ConfigDict, split: str) -> RecordPairs | Mixture:
     data = config.data
     if not data.directory:
         raise UserError("config.data.directory is empty; set it to a directory that vlkd prepare has written")
-    return RecordPairs(data.directory, data.validation_split if split == "validation" else data.split)
+    name = data.validation_split if split == "validation" else data.split
+    parts = [RecordPairs(directory, name) for directory in record_directories(data)]
+    if not data.weights:
+        return parts[0]
+    numbers = all(isinstance(weight, int | float) and 0 < weight < math.inf for weight in data.weights)
+    if not numbers or len(data.weights) != len(parts):
+        raise UserError(
+            f"config.data.weights is {data.weights}; give each of the {len(parts)} directories in "
+            "config.data.directory a number above 0, such as --config.data.weights=3,1"
+        )
+    return Mixture(parts, data.weights)
 
 
 def _folder_cache_key(config: ConfigDict, source: Subset) -> dict[str, Any]:
     return {"validation_every": config.data.validation_every, "pictures": source.source.fingerprint()}
 
 
-def _records_cache_key(config: ConfigDict, source: RecordPairs) -> dict[str, Any]:
+def _records_cache_key(config: ConfigDict, source: RecordPairs | Mixture) -> dict[str, Any]:
     return {"split": config.data.split}
 
 

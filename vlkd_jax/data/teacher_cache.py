@@ -103,6 +103,11 @@ class CachedPairs:
                 what = "is not there" if size < 0 else f"has {size} bytes, not {shard['bytes']}"
                 raise UserError(f"{path}: {what}; run vlkd cache-teacher again, which computes what is missing")
 
+    @property
+    def spans(self) -> Any:
+        """Those of the source, see `sources.Mixture`."""
+        return getattr(self.source, "spans", None)
+
     def __len__(self) -> int:
         return len(self.source)
 
