@@ -52,9 +52,11 @@ PICTURES = {
     "max_unusable": 0.0,  # share of pictures that may be missing or damaged; with more it is an error
     "unusable": "left_out",  # these pictures are counted and left out of the score; miss: counted, and score 0
 }
+RECORDS = {"records": "none"}  # of vlkd prepare-suite: texts and pictures, instead of the files and folders named below
 VQA = {
     "kind": "vqa",
     **PICTURES,
+    **RECORDS,
     # names of pictures; of several with | between, the one that fits most of the folder
     "image_name": "COCO_{split}_{image_id:012d}.jpg|{image_id:012d}.jpg",
     "metric": "vqa_accuracy",  # of ten human answers; exact_match: right if it is one of the answers, however many
@@ -68,6 +70,7 @@ VQA = {
 CAPTIONS = {
     "kind": "caption",
     **PICTURES,
+    **RECORDS,
     "metric": "coco",  # BLEU, ROUGE-L and CIDEr-D as the COCO tools count them; beside them word_f1
     **CAPTION,
     "decoding": {**DECODING, "method": "beam"},
@@ -75,6 +78,7 @@ CAPTIONS = {
 RETRIEVAL = {
     "kind": "retrieval",
     **PICTURES,
+    **RECORDS,
     "metric": "recall",  # at 1, 5 and 10, in both directions
     "captions_each": 5,  # the first of each picture's; 0: all
     "text_template": "{caption}",  # what the text tower reads

@@ -116,7 +116,8 @@ def test_only_the_demo_hides_an_option():
 
 
 def test_the_list_of_commands():
-    lines = [f"  {name:10}  {command.summary}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     assert set(lines) < set(overview().splitlines())
 
 

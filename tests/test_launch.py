@@ -90,6 +90,7 @@ def make_checkout(tmp_path: Path) -> Path:
         "requirements-dev.lock",
         "requirements-transformers4.txt",
         "requirements-libtpu.txt",
+        "requirements-beam.txt",
         "pyproject.toml",
     ):
         shutil.copy(ROOT / name, root)

@@ -105,6 +105,7 @@ SCORED = (
 SCORED_SUITES = ("vqav2", "okvqa", "caption", "nocaps", "xsum")
 SUITE = Option("suite", "SUITE", "|".join(SCORED_SUITES), kind="choice", required=True, choices=SCORED_SUITES)
 JSON = Option("json", "", "print one JSON object", kind="flag")
+BEAM = Option("beam", "OPTIONS", 'an Apache Beam pipeline does the work: "--runner=FlinkRunner ..."')
 
 COMMANDS = {
     "train": Command(
@@ -315,9 +316,34 @@ COMMANDS = {
             Option("rows", "N", "pairs in one record file, of a table", kind="integer", default=10_000, minimum=1),
             Option("workers", "N", "processes", kind="integer", default=2, minimum=1),
             Option("max_unusable", "SHARE", "of pairs that may be skipped", kind="number", default=0.5),
+            BEAM,
             JSON,
         ),
         example="shards --output=data/cc3m --workers=8",
+        needs_device=False,
+    ),
+    "prepare-suite": Command(
+        module="vlkd_jax.data.prepare_suite",
+        summary="an evaluation set into record files",
+        description="Writes the pictures of a suite, as they are in their files, with all their captions or questions "
+        "into a tensorflow-datasets directory of ArrayRecord files, from the official files of COCO captions "
+        "(Karpathy's splits), VQA v2, OK-VQA, nocaps (with its domains), Flickr30k or your own in their form. Evaluate "
+        "with --config.SUITE.records=DIR; vlkd leakage compares it with a training set.",
+        options=(
+            Option(
+                "config",
+                "suites:NAME",
+                "one suite of configs/suites.py",
+                kind="config",
+                required=True,
+                overrides="overrides a field, such as --config.root=DIR, the folder of the suite's files",
+            ),
+            Option("output", "DIR", "directory to write", required=True),
+            Option("workers", "N", "processes", kind="integer", default=2, minimum=1),
+            BEAM,
+            JSON,
+        ),
+        example="--config=suites:vqav2 --config.root=coco --output=data/vqav2",
         needs_device=False,
     ),
     "cache-teacher": Command(

@@ -29,6 +29,7 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.data.sources import counted, read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, place
+from vlkd_jax.evals.prepared import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.evals.runner import run_suite
 from vlkd_jax.evals.suite import Item, check_prompts
 from vlkd_jax.evals.suites import SUITES
@@ -137,7 +138,10 @@ def evaluate(
 def hash_files(suite: ConfigDict) -> dict[str, dict[str, str]]:
     """{field: {"path", "sha256"}} of each file that the suite reads but its pictures, `version` of annotations."""
     files = {}
-    for field in FILES:
+    if suite.get("records", NONE) != NONE:
+        path = place(suite, "records") / RECORDS_MANIFEST
+        files["records"] = {"path": os.fspath(path), "sha256": file_sha256(path)}
+    for field in FILES if not files else ("answers",):
         value = suite.get(field)
         if isinstance(value, str) and value != NONE and (path := place(suite, field)).is_file():
             files[field] = {"path": os.fspath(path), "sha256": file_sha256(path)}

@@ -20,13 +20,12 @@ from PIL import Image
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.data.images import open_image
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals import plots
-from vlkd_jax.evals.files import place
 from vlkd_jax.evals.markup import STYLE, escaped, picture_uri, said, table
 from vlkd_jax.evals.predictions import read_jsonl
+from vlkd_jax.evals.prepared import picture_named
 from vlkd_jax.evals.runner import PREDICTIONS
 from vlkd_jax.evals.statistics import RESAMPLES
 from vlkd_jax.evals.suite import Row
@@ -270,7 +269,7 @@ def _picture(suite: ConfigDict, row: Row) -> str:
         return ""
     shown_by = SUITES[suite.kind].picture
     try:
-        image = shown_by(suite, row) if shown_by else open_image(place(suite, "images") / row["image"])
+        image = shown_by(suite, row) if shown_by else picture_named(suite, row["image"])
     except (RecordError, OSError) as error:
         return f'<p class="none photo">picture {escaped(row["image"])} cannot be shown: {escaped(error)}</p>'
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image

@@ -22,12 +22,12 @@ import pytest
 from PIL import Image
 from tiny import ROOT, environment, tiny_config
 
-from vlkd_jax.data import prepare as command
 from vlkd_jax.data.inputs import Columns, parts, read
 from vlkd_jax.data.prepare import Options, caption_of, prepare, shrink
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.streams import train_sources, train_stream
 from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.manifest import file_sha256
 from vlkd_jax.tasks import make_task
 from vlkd_jax.train import train
 from vlkd_jax.vlkd import load_run
@@ -151,7 +151,7 @@ def test_what_is_written_is_what_is_read(prepared):
     manifest = json.loads((prepared / "manifest.json").read_text())
     assert (manifest["in"], manifest["out"], manifest["coverage"], manifest["skipped"]) == (COUNT, COUNT, 1.0, {})
     for name, told in manifest["records"].items():
-        assert command._sha256(prepared / name) == told["sha256"]
+        assert file_sha256(prepared / name) == told["sha256"]
     hashes = [json.loads(line) for line in (prepared / "hashes.jsonl").read_text().splitlines()]
     assert [h["image"] for h in hashes] == [hashlib.sha256(picture(k)).hexdigest() for k in range(COUNT)]
     assert not (prepared / "parts").exists()
@@ -366,6 +366,25 @@ def test_the_stream_of_a_data_set(prepared, assets):
         for step in range(2, 6):
             joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[next(block) for block in blocks])
             jax.tree.map(np.testing.assert_array_equal, joined, whole[step])
+
+
+def test_a_beam_pipeline_makes_the_same(prepared, images, tmp_path):
+    """By its own runner for one machine, with two processes, in an environment of its own; and it goes on."""
+    folder = Path(sys.prefix) / "beam"
+    path, columns = source("tsv", prepared.parent, images)
+    argv = [str(path), f"--output={tmp_path / 'out'}", f"--images={images}", "--rows=5", "--short=32"]
+    argv += [f"--image={columns.image}", f"--caption={columns.caption}"]
+    argv.append("--beam=--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing")
+    command_line = [sys.executable, "-m", "vlkd_jax.data.prepare", *argv]
+    surroundings = environment()
+    without = subprocess.run(command_line, capture_output=True, text=True, env=surroundings)
+    assert without.returncode == 2 and without.stderr.startswith("error: --beam needs apache-beam (No module named")
+    surroundings["PYTHONPATH"] = os.pathsep.join([str(folder), surroundings["PYTHONPATH"]])
+    ended = subprocess.run(command_line, capture_output=True, text=True, env=surroundings)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for name in os.listdir(prepared):
+        if name != "prepare.lock":
+            assert (tmp_path / "out" / name).read_bytes() == (prepared / name).read_bytes(), name
 
 
 def test_training_on_a_data_set(prepared, assets, tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.data.prepare import HASHES, MANIFEST
+from vlkd_jax.data.builder import HASHES, MANIFEST
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.markup import STYLE, escaped, percent, picture_uri, table

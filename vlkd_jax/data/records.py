@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import RecordError, UserError
@@ -50,13 +51,24 @@ class RecordPairs:
     def __len__(self) -> int:
         return len(self.source)
 
+    def fields(self, index: int) -> dict[str, Any]:
+        """A record as it stands in its file. Raises RecordError where it is damaged."""
+        try:
+            return self.source[index]
+        except Exception as error:  # of the reader or of protocol buffers
+            raise self._damaged(index, error) from error
+
     def __getitem__(self, index: int) -> Record:
+        fields = self.fields(index)
         where = f"{self.path} {self.split} record {index}"
         try:
-            fields = self.source[index]
             caption = fields["caption"].decode()
             name = f"{where} ({fields['key'].decode()})" if "key" in fields else where
-        except Exception as error:  # of the reader, of protocol buffers or of UTF-8: it is damaged
-            reason = " ".join(str(error).split())
-            raise RecordError("record damaged", f"{where}: {reason}; copy the file again") from error
+        except (UnicodeDecodeError, AttributeError) as error:
+            raise self._damaged(index, error) from error
         return Record(caption, fields["image"], name=name)
+
+    def _damaged(self, index: int, error: Exception) -> RecordError:
+        reason = " ".join(str(error).split())
+        where = f"{self.path} {self.split} record {index}"
+        return RecordError("record damaged", f"{where}: {reason}; copy the file again")

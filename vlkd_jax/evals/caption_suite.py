@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.images import open_image
 from vlkd_jax.evals import caption_metrics, standard_captions
-from vlkd_jax.evals.captioned import read_captioned
 from vlkd_jax.evals.captions import word_f1
-from vlkd_jax.evals.files import check_choice, if_unusable, place
+from vlkd_jax.evals.files import check_choice, if_unusable
+from vlkd_jax.evals.prepared import captioned
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
 
@@ -31,7 +29,7 @@ def caption_items(suite: ConfigDict) -> Iterator[Prompt]:
     """
     check_choice(suite, "metric", METRICS)
     decoding = decoding_of(suite, suite.caption_tokens)
-    for image in read_captioned(suite):
+    for image, picture in captioned(suite):
         row = {"task": "caption", "id": image.id, "image": image.name, "prompt": suite.caption_decoder}
         row |= {"answers": image.captions} | ({"domain": image.domain} if image.domain else {})
         yield Prompt(
@@ -39,7 +37,7 @@ def caption_items(suite: ConfigDict) -> Iterator[Prompt]:
             suite.caption_encoder,
             suite.caption_decoder,
             decoding,
-            functools.partial(open_image, place(suite, "images") / image.name),
+            picture,
         )
 
 

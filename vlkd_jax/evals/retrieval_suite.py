@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax import predict
-from vlkd_jax.data.images import open_image
 from vlkd_jax.errors import UserError
-from vlkd_jax.evals.captioned import read_captioned
 from vlkd_jax.evals.files import NONE, check_choice, filled, if_unusable, place
+from vlkd_jax.evals.prepared import captioned
 from vlkd_jax.evals.retrieval import ranks
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Match, Row, Suite, with_pictures
@@ -35,7 +33,8 @@ def retrieval_items(suite: ConfigDict) -> Iterator[Match]:
         raise UserError(f"config.{suite.name}.captions_each is {suite.captions_each}; it must be at least 0 (all)")
     if suite.captions == NONE:
         raise UserError(f"config.{suite.name}.captions is {NONE}; retrieval needs captions")
-    images = read_captioned(suite)
+    pictures = captioned(suite)
+    images = [image for image, _ in pictures]
     without = [image.name for image in images if not image.captions]
     if without:
         raise UserError(
@@ -46,11 +45,11 @@ def retrieval_items(suite: ConfigDict) -> Iterator[Match]:
     if fewer:
         path, each = place(suite, "captions"), suite.captions_each
         say(f"{path}: {fewer} of {len(images)} pictures have fewer than {each} captions")
-    for image in images:
+    for image, picture in pictures:
         captions = image.captions[: suite.captions_each or None]
         texts = tuple(filled(suite, "text_template", suite.text_template, caption=caption) for caption in captions)
         row = {"task": "retrieval", "id": image.id, "image": image.name, "texts": list(texts)}
-        yield Match(row | if_unusable(suite), texts, functools.partial(open_image, place(suite, "images") / image.name))
+        yield Match(row | if_unusable(suite), texts, picture)
 
 
 def rank_matches(model: VLKD, matches: list[Match], batch_size: int, tower: str) -> Iterator[Row]:
