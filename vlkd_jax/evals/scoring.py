@@ -16,6 +16,7 @@ from vlkd_jax.evals import caption_suite, summary_suite, vqa_suite
 from vlkd_jax.evals.captioned import read_references
 from vlkd_jax.evals.predictions import read_lines, read_predictions
 from vlkd_jax.evals.suite import Row, Suite
+from vlkd_jax.evals.vqa import HUMANS, HUMANS_AT_LEAST
 from vlkd_jax.evals.vqa_files import (
     check_same_split,
     human_answers,
@@ -114,10 +115,10 @@ def _questions(files: Files) -> tuple[dict[Any, Row], dict[str, Any]]:
     for key in asked:
         entry = annotations[key]
         answers = human_answers(path, entry, files.answer_field)
-        if len(answers) < vqa_suite.HUMANS_AT_LEAST:
+        if len(answers) < HUMANS_AT_LEAST:
             raise UserError(
-                f"{path}: question {key} has {len(answers)} human answer(s); VQA accuracy takes {vqa_suite.HUMANS}, "
-                f"and {vqa_suite.HUMANS_AT_LEAST} at least"
+                f"{path}: question {key} has {len(answers)} human answer(s); VQA accuracy takes {HUMANS}, "
+                f"and {HUMANS_AT_LEAST} at least"
             )
         row = {"image": entry.get("image_id", key), "answers": answers, "metric": "vqa_accuracy"}
         known[key] = row | types_of(entry)

@@ -10,6 +10,10 @@ import functools
 import re
 from collections.abc import Sequence
 
+HUMANS = 10
+"""Answers to a question that VQA accuracy takes."""
+HUMANS_AT_LEAST = 4
+"""Of fewer not even the answer of all would score 1: three others have to have given it."""
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 _DIGITS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}

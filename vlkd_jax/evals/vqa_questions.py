@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_pictures, check_places, filled, place
 from vlkd_jax.evals.suite import Row
+from vlkd_jax.evals.vqa import HUMANS, HUMANS_AT_LEAST
 from vlkd_jax.evals.vqa_files import (
     Entries,
     check_same_split,
@@ -21,11 +22,6 @@ from vlkd_jax.evals.vqa_files import (
     types_of,
 )
 from vlkd_jax.metrics import say
-
-HUMANS = 10
-"""Answers to a question that VQA accuracy takes."""
-HUMANS_AT_LEAST = 4
-"""Of fewer not even the answer of all would score 1: three others have to have given it."""
 
 
 def read_asked(suite: ConfigDict) -> Entries:

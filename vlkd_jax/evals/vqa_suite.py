@@ -20,7 +20,7 @@ from vlkd_jax.evals.files import NONE, check_choice, check_places, if_unusable, 
 from vlkd_jax.evals.prepared import asked
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Prompt, Row, Suite, decoding_of
-from vlkd_jax.evals.vqa import RULES, accuracy, normalize_answer
+from vlkd_jax.evals.vqa import HUMANS, RULES, accuracy, normalize_answer
 from vlkd_jax.evals.vqa_files import (
     ANSWER_FIELDS,
     TYPES,
@@ -28,7 +28,6 @@ from vlkd_jax.evals.vqa_files import (
     human_answers,
     types_of,
 )
-from vlkd_jax.evals.vqa_questions import HUMANS
 
 METRICS = ("vqa_accuracy", "exact_match")
 
