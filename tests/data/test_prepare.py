@@ -308,7 +308,7 @@ def test_mistakes_of_the_command(prepared, images, tmp_path):
         parts(tmp_path / "head.csv", Columns(), 5)
     (tmp_path / "bad.jsonl").write_text('{"image": "none.png", "caption": "c"}\n' * 1001)
     with pytest.raises(
-        UserError, match=r"1,001 of the 1,001 pairs read so far are skipped, more than --max_unusable=0\.5"
+        UserError, match=r"1,001 of the 1,001 records read so far are skipped, more than --max_unusable=0\.5"
     ):
         prepare(tmp_path / "bad.jsonl", tmp_path / "bad", columns, Options(), workers=1)
 

@@ -269,7 +269,7 @@ def _progress(results: dict[int, dict[str, Any]], count: int, missing: int, befo
     told = f"  skipped: {', '.join(f'{reason} {n:,}' for reason, n in skipped.most_common())}" if skipped else ""
     speed = (read_now - before) / max(seconds, 1e-9)
     eta_told = f"eta {int(eta // 60)}:{int(eta % 60):02d}"
-    return f"part {len(results)}/{count}  {eta_told}  {speed:,.0f} pairs/s  {read_now:,} read{told}"
+    return f"part {len(results)}/{count}  {eta_told}  {speed:,.0f} records/s  {read_now:,} read{told}"
 
 
 def _check_share(results: dict[int, dict[str, Any]], max_unusable: float) -> None:
@@ -278,7 +278,7 @@ def _check_share(results: dict[int, dict[str, Any]], max_unusable: float) -> Non
     if lost > max_unusable * max(total, 1000):
         examples = [text for result in results.values() for texts in result["examples"].values() for text in texts]
         raise UserError(
-            f"{lost:,} of the {total:,} pairs read so far are skipped, more than --max_unusable={max_unusable:g}; "
+            f"{lost:,} of the {total:,} records read so far are skipped, more than --max_unusable={max_unusable:g}; "
             f"for example {examples[0]}"
         )
 
@@ -290,7 +290,7 @@ def _finish(output: Path, results: Sequence[dict[str, Any]], described: dict[str
     work, count = output / PARTS, len(results)
     names = [f"{kind.name}-{kind.split}.array_record-{k:05d}-of-{count:05d}" for k in range(count)]
     if not sum(result["out"] for result in results):
-        raise UserError(f"{described['source']['path']}: no pair in it can be used; see {work}")
+        raise UserError(f"{described['source']['path']}: no record in it can be used; see {work}")
     for number, name in enumerate(names):
         with contextlib.suppress(FileNotFoundError):  # an earlier try has renamed it
             os.replace(work / f"{number:05d}.records", output / name)
