@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,10 @@ def test_help_and_flags_tell_the_same(name):
     text = usage(command, "PROGRAM")
     arguments = [option.name for option in command.options if option.kind == "argument"]
     told = dict(re.findall(r"^  --([\w.]+)(?:=\S+)?  +(\S.*)$", text, re.MULTILINE))
-    told |= {k.lower(): rest for k, rest in re.findall(r"^  ([A-Z]+)  +(\S.*)$", text, re.MULTILINE)}
+    several = [option.name for option in command.options if option.kind == "arguments"]
+    for option in (option for option in command.options if option.name in (*arguments, *several)):
+        dots = re.escape("..." if option.name in several else "")
+        told[option.name] = re.search(rf"^  {re.escape(option.value)}{dots}  +(\S.*)$", text, re.MULTILINE)[1]
     hidden = {option.name for option in command.options if option.hidden}
     assert set(told) - {"config.FIELD"} == set(values) - hidden
     assert ("config.FIELD" in told) == ("config" in values)
@@ -102,12 +106,13 @@ def test_help_and_flags_tell_the_same(name):
         assert values[option.name].default == option.default
         assert told[option.name].endswith("(required)") == option.required
         assert (f"(default {option.default})" in told[option.name]) == (option.default is not None)
-        if option.kind != "argument":
+        if option.name not in (*arguments, *several):
             assert (f"[--{option.name}=" in text) != option.required
     given = set(re.findall(r"--(\w+)[=.]", command.example))
     required = {option.name for option in command.options if option.required}
-    assert given <= set(values) and given >= required - set(arguments)
-    assert len([word for word in command.example.split() if not word.startswith("--")]) == len(arguments)
+    assert given <= set(values) and given >= required - {*arguments, *several}
+    words = [word for word in shlex.split(command.example) if not word.startswith("--")]
+    assert len(words) > len(arguments) if several else len(words) == len(arguments)
     assert all(len(line) <= COLUMNS for line in text.splitlines())
 
 

@@ -1,15 +1,29 @@
 """`VLKD`, the student as its users hold it: pictures in any form, questions, captions, embeddings; and its refusals."""
 
+import dataclasses
+import functools
+import http.server
+import pydoc
 import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import IMAGE_SIZE, ROOT, tiny_config, write_pictures
+from tiny import IMAGE_SIZE, ROOT, environment, tiny_config, write_pictures
 
+import vlkd_jax
 from configs import suites
+from vlkd_jax import predict
 from vlkd_jax.data.sources import RecordError
+from vlkd_jax.decoding import Decoding
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.runner import read_rows
 from vlkd_jax.evaluate import evaluate, read_items
@@ -48,6 +62,161 @@ def test_a_picture_is_the_same_in_every_form(run, model):
         np.testing.assert_array_equal(model.embed_images(images), vectors)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert model.answer([], []) == model.caption([]) == []
+
+
+def test_one_or_many(run, model):
+    """One picture is a text, several are a list; one question is asked about all, one picture has all questions."""
+    paths = [run / "images" / f"{name}.png" for name in "abc"]
+    each = [model.answer(path, question) for path, question in zip(paths, QUESTIONS, strict=True)]
+    assert model.answer(paths, QUESTIONS) == each and all(isinstance(answer, str) for answer in each)
+    assert model.answer(paths[0], QUESTIONS) == [model.answer(paths[0], question) for question in QUESTIONS]
+    assert model.answer(paths, QUESTIONS[0]) == [model.answer(path, QUESTIONS[0]) for path in paths]
+    assert model.caption(paths) == [model.caption(path) for path in paths]
+    array = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    assert model.caption(array) == model.caption(paths)  # a batch of pictures
+    assert model.embed_images(paths[0]).shape == model.embed_texts("a circle").shape == (1, 24)
+    assert model.embed_images([]).shape == model.embed_texts([]).shape == (0, 24)
+    with pytest.raises(UserError, match="3 pictures and 2 questions; give a question for each, or one of either"):
+        model.answer(paths, QUESTIONS[:2])
+
+
+def test_scores_and_options_by_name(run, model):
+    """A text's score is the log-likelihood that it has among texts to choose from."""
+    path = run / "images" / "a.png"
+    best = model.answer(path, QUESTIONS[0], scores=True, method="beam", beams=3, returns=3, max_new_tokens=5)
+    assert len(best) == 3 and all(score < 0 for _, score in best)
+    texts = [text for text, _ in best if text]
+    ranked = model.rank(path, texts, QUESTIONS[0])
+    assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
+    assert [text for text, _ in model.rank([path], texts, QUESTIONS)[0]] == [text for text, _ in ranked]
+    plain = model.answer(path, QUESTIONS[0], method="beam", beams=3, returns=3, max_new_tokens=5)
+    assert plain == [text for text, _ in best]
+    drawn = [model.caption(path, method="sample", seed=seed, top_k=50) for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    for options, told in (
+        ({"beems": 3}, "no decoding option beems; did you mean beams"),
+        ({"beams": 3}, "decoding option beams is not used by method='greedy'"),
+        ({"method": "bream"}, "decoding.method is 'bream'"),
+        ({"max_new_tokens": 0}, "decoding.max_new_tokens is 0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            model.caption(path, **options)
+
+
+def test_ranking_by_cosine_and_texts_alone(run, model):
+    path, texts = run / "images" / "a.png", ["a circle", "two squares", "nothing"]
+    cosines = (model.embed_images(path) @ model.embed_texts(texts).T)[0]
+    for ranked in (model.rank(path, texts), *model.rank([path, path], texts)):
+        assert [text for text, _ in ranked] == [texts[k] for k in np.argsort(-cosines)]
+        np.testing.assert_allclose([score for _, score in ranked], -np.sort(-cosines), atol=1e-5)
+    for wrong in ([], ["", "a"]):
+        with pytest.raises(UserError):
+            model.rank(path, wrong, QUESTIONS[0])
+    written = model.generate_text(["a red <mask>", "a {brace} </s> circle"], max_new_tokens=5)
+    assert written == [
+        model.generate_text(text, max_new_tokens=5) for text in ("a red <mask>", "a {brace} </s> circle")
+    ]
+    text = model.bart_text
+    assert model._with_masks("a <mask> b <mask>") == text.encode_template("a <mask> b <mask>")
+    assert model._with_masks("{x} </s>") == text.encode("{x} </s>") and text.eos not in model._with_masks("</s>")
+
+
+def test_a_lone_picture_is_a_batch_of_one(run, model, monkeypatch):
+    """Not filled up to sixty-four: sizes are powers of two."""
+    sizes = []
+    batches = predict._batches
+
+    def noted(model, requests, new_tokens, batch_size):
+        sizes.append(batch_size)
+        return batches(model, requests, new_tokens, batch_size)
+
+    monkeypatch.setattr(predict, "_batches", noted)
+    path = run / "images" / "a.png"
+    for count in (1, 2, 3, 5, 0):
+        assert len(model.caption([path] * count)) == count
+    assert sizes == [1, 2, 4, 8, 1]
+
+
+def test_threads_share_a_model(run, model):
+    paths = [run / "images" / f"{name}.png" for name in "abc"]
+    expected = [model.answer(path, question) for path in paths for question in QUESTIONS]
+    asked = [(path, question) for path in paths for question in QUESTIONS]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(lambda pair: model.answer(*pair), asked)) == expected
+
+
+def test_saved_and_read_from_wherever_it_lies(run, model, tmp_path, monkeypatch):
+    path = run / "images" / "a.png"
+    model.save_pretrained(tmp_path / "export")
+    for name in (tmp_path / "export", run / "runs" / "mine", str(run / "runs" / "mine")):
+        other = VLKD.from_pretrained(name)
+        assert other.answer(path, QUESTIONS) == model.answer(path, QUESTIONS)
+    with pytest.raises(UserError, match="no export and no run of training there"):
+        VLKD.from_pretrained(tmp_path)
+    monkeypatch.setattr("vlkd_jax.vlkd.snapshot", {"hf:me/mine": tmp_path / "export"}.__getitem__)
+    assert VLKD.from_pretrained("hf:me/mine").caption(path) == model.caption(path)
+
+
+def test_it_uploads_what_it_saves(model, monkeypatch):
+    uploaded = {}
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            uploaded["repository"] = (name, private, exist_ok)
+
+        def upload_folder(self, repo_id, folder_path):
+            uploaded["files"] = {path.name for path in Path(folder_path).iterdir()}
+            return SimpleNamespace(repo_url=f"hub/{repo_id}")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub("me/mine") == "hub/me/mine"
+    assert uploaded["repository"] == ("me/mine", True, True) and {"config.json", "bart"} <= uploaded["files"]
+
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Api, "create_repo", refused)
+    with pytest.raises(UserError, match=r"me/mine: cannot be uploaded \(no network\); hf auth login"):
+        model.push_to_hub("me/mine")
+
+
+def test_pictures_from_the_network_only_where_asked(model, tmp_path, rng):
+    """From a server here; what is no picture, too large, or not there is one line."""
+    picture = rng.integers(0, 255, (20, 20, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("<html>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(vlkd_jax.fetch(f"{address}/a.png")), picture)
+        with pytest.raises(RecordError, match=r"URLs are opened where asked only: vlkd_jax.fetch\(URL\)"):
+            model.caption(f"{address}/a.png")
+        for name, options, told in (
+            ("b.png", {}, "does not decode"),
+            ("c.png", {}, "File not found"),
+            ("a.png", {"max_bytes": 100}, "more than 100 bytes"),
+        ):
+            with pytest.raises(RecordError, match=told):
+                vlkd_jax.fetch(f"{address}/{name}", **options)
+        server.shutdown()
+    for url in ("file:///etc/passwd", "ftp://x/a.png", f"{address}/a.png"):
+        with pytest.raises(RecordError):
+            vlkd_jax.fetch(url, seconds=2)
+
+
+def test_arrays_that_are_no_pictures(model):
+    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(RecordError, match="is no picture; give uint8"):
+            model.caption(array)
+
+
+def test_help_and_a_quick_import():
+    told = pydoc.render_doc(VLKD.answer, renderer=pydoc.plaintext)
+    assert all(f.name in told for f in dataclasses.fields(Decoding))
+    code = "import sys, vlkd_jax; assert 'jax' not in sys.modules; from vlkd_jax import VLKD, fetch; print(VLKD, fetch)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0
 
 
 def test_transparency_lies_on_white_in_every_form(rng, model, tmp_path):

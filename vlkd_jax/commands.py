@@ -29,7 +29,7 @@ class Option:
       value: what stands for the value in the help.
       help: without a full stop; default and "required" are added to it.
       kind: "string", "integer", "number", "choice", "config", an ml_collections config file, "flag", which has no
-        value, or "argument", which is given without its name.
+        value, "argument", which is given without its name, or "arguments", all that come behind those, one at least.
       default: None: there is none.
       minimum: of an integer or a number.
       choices: of a choice.
@@ -105,6 +105,22 @@ SCORED = (
 SCORED_SUITES = ("vqav2", "okvqa", "caption", "nocaps", "xsum")
 SUITE = Option("suite", "SUITE", "|".join(SCORED_SUITES), kind="choice", required=True, choices=SCORED_SUITES)
 JSON = Option("json", "", "print one JSON object", kind="flag")
+MODEL = Option("model", "DIR", "an export, a run's workdir, or hf:OWNER/NAME", required=True)
+CHOSEN = (
+    Option(
+        "method",
+        "METHOD",
+        "greedy|beam|sample (default greedy)",
+        kind="choice",
+        choices=("greedy", "beam", "sample"),
+    ),
+    Option("beams", "N", "of method beam (default 5)", kind="integer", minimum=1),
+    Option("max_new_tokens", "N", "of a text", kind="integer", minimum=1),
+    Option("returns", "N", "texts each, of methods beam and sample (default 1)", kind="integer", minimum=1),
+    Option("seed", "N", "of method sample (default 0)", kind="integer", minimum=0),
+    Option("scores", "", "tell each text's log-likelihood", kind="flag"),
+)
+"""How a text is chosen."""
 BEAM = Option("beam", "OPTIONS", 'an Apache Beam pipeline does the work: "--runner=FlinkRunner ..."')
 
 COMMANDS = {
@@ -152,6 +168,40 @@ COMMANDS = {
         ),
         example="--config=suites:shapes --checkpoint=runs/shapes --workdir=runs/shapes/evaluation",
         exit_codes=(0, 1, 2, 4, 130, 143),
+    ),
+    "caption": Command(
+        module="vlkd_jax.use.caption",
+        summary="what pictures show",
+        description="Captions pictures with a trained student, zero-shot.",
+        options=(Option("images", "IMG", "pictures", kind="arguments", required=True), MODEL, *CHOSEN, JSON),
+        example="photo.jpg --model=runs/mine --method=beam",
+    ),
+    "ask": Command(
+        module="vlkd_jax.use.ask",
+        summary="questions about pictures",
+        description="Answers questions about pictures with a trained student, zero-shot: what is a file is a picture, "
+        "anything else a question, and every question is asked about every picture. With --choices one of given "
+        "answers is chosen, the likeliest first.",
+        options=(
+            Option("inputs", "IMG|QUESTION", "pictures and questions", kind="arguments", required=True),
+            MODEL,
+            Option("choices", "TEXTS", "answers to choose from, with commas between"),
+            *CHOSEN,
+            JSON,
+        ),
+        example='photo.jpg "what color is the car?" --model=runs/mine',
+    ),
+    "embed": Command(
+        module="vlkd_jax.use.embed",
+        summary="embeddings of pictures and texts in one space",
+        description="Prints the embedding of each picture (by the teacher) and each text (by the student), a JSON "
+        "object a line; their products are cosines.",
+        options=(
+            Option("inputs", "IMG|TEXT", "pictures and texts", kind="arguments", required=True),
+            MODEL,
+            Option("output", "FILE.npz", "file to write instead, with names and embeddings"),
+        ),
+        example='photo.jpg "a red car" --model=runs/mine',
     ),
     "score": Command(
         module="vlkd_jax.score",
@@ -474,6 +524,8 @@ def usage(command: Command, program: str) -> str:
 def _spelled(option: Option) -> str:
     if option.kind == "argument":
         return option.value
+    if option.kind == "arguments":
+        return f"{option.value}..."
     return f"--{option.name}" if option.kind == "flag" else f"--{option.name}={option.value}"
 
 

@@ -58,7 +58,9 @@ def _run(main: Callable[[], None], command: Command, argv: Sequence[str] | None)
         _leave(str(e), 2)
     try:
         required = [option.name for option in command.options if option.required]
-        parse(argv, required, [option.name for option in command.options if option.kind == "argument"])
+        arguments = [option.name for option in command.options if option.kind == "argument"]
+        several = next((option for option in command.options if option.kind == "arguments"), None)
+        parse(argv, required, arguments, several)
         _start(command)
         main()
         _finish()
@@ -147,6 +149,8 @@ def define(options: Sequence[Option], values: flags.FlagValues = flags.FLAGS) ->
                 config_flags.DEFINE_config_file(option.name, help_string=option.help, flag_values=values)
             case "string" | "argument":
                 flags.DEFINE_string(**common)
+            case "arguments":
+                flags.DEFINE_multi_string(**common)
             case "integer":
                 flags.DEFINE_integer(**common, lower_bound=option.minimum)
             case "number":
@@ -172,11 +176,14 @@ def _has_threads() -> bool:
     return any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate())
 
 
-def parse(argv: Sequence[str], required: Sequence[str] = (), arguments: Sequence[str] = ()) -> None:
+def parse(
+    argv: Sequence[str], required: Sequence[str] = (), arguments: Sequence[str] = (), several: Option | None = None
+) -> None:
     """Parses absl flags; `--config=` takes what `vlkd_jax.config.config_path` takes.
 
     Args:
       arguments: flags that are given in this order, without their names.
+      several: the option of all the rest that is given so.
 
     Raises:
       UserError: an unknown flag, config or config key (with the nearest name), a wrong value, a missing flag, a config
@@ -188,6 +195,8 @@ def parse(argv: Sequence[str], required: Sequence[str] = (), arguments: Sequence
         for name, value in zip(arguments, rest):
             flags.FLAGS[name].value = value
         rest = rest[len(arguments) :]
+        if several and rest:
+            flags.FLAGS[several.name].value, rest = rest, []
         missing = [name for name in required if flags.FLAGS[name].value is None]
         empty = [name for name in flags.FLAGS if "." not in name and flags.FLAGS[name].present and _is_empty(name)]
         wrong = [path for path in configs if not callable(getattr(flags.FLAGS["config"].value, "lock", None))]
@@ -205,6 +214,8 @@ def parse(argv: Sequence[str], required: Sequence[str] = (), arguments: Sequence
     if empty:
         raise UserError(f"--{empty[0]} is empty; give a value: --{empty[0]}=...")
     if missing:
+        if several and missing[0] == several.name:
+            raise UserError(f"missing {several.value}; see --help")
         name = missing[0].upper() if missing[0] in arguments else f"--{missing[0]}=..."
         raise UserError(f"missing {name}; see --help")
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from vlkd_jax.decoding import (
     Memory,
     decode,
     join_memories,
+    likelihood,
     make_decoder,
     pack,
     project_memory,
@@ -73,6 +74,13 @@ class Request:
     draw: int = 0
 
 
+class Scored(NamedTuple):
+    """A text and its score: a log-likelihood, or a cosine where one is said."""
+
+    text: str
+    score: float
+
+
 def generate(
     model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[str, ...]]:
@@ -92,11 +100,30 @@ def generate_ids(
     model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int = BATCH_SIZE
 ) -> Iterator[np.ndarray]:
     """The token ids of `generate`'s texts, padded on the right [returns, max_new_tokens]. Raises UserError likewise."""
-    options = {"vocab_size": model.bart_text.vocab_size, "options": decoding}
+    for ids, _ in _generated(model, requests, decoding, batch_size, scored=False):
+        yield ids
+
+
+def generate_scored(
+    model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[Scored, ...]]:
+    """The texts of `generate`, each with its log-likelihood as `rank` counts it. Raises UserError likewise."""
+    text = model.bart_text
+    for ids, scores in _generated(model, requests, decoding, batch_size, scored=True):
+        texts = (text.decode(row[row != text.pad]) for row in ids)
+        yield tuple(Scored(said, float(score)) for said, score in zip(texts, scores, strict=True))
+
+
+def _generated(
+    model: VLKD, requests: Iterable[Request], decoding: Decoding, batch_size: int, scored: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(ids, log-likelihoods or None) of each request's texts."""
+    options = {"vocab_size": model.bart_text.vocab_size, "options": decoding, "scored": scored}
     for rows, images, texts in _batches(model, requests, decoding.max_new_tokens, batch_size):
         inputs = _image_memory(model, images), *texts
-        ids = _on_mesh(model, _generate, (model.bart, model.bart_params), inputs, **options)
-        yield from np.asarray(ids)[: len(rows)]
+        ids, scores = _on_mesh(model, _generate, (model.bart, model.bart_params), inputs, **options)
+        scores = np.asarray(scores) if scored else [None] * len(rows)
+        yield from zip(np.asarray(ids)[: len(rows)], scores[: len(rows)], strict=True)
 
 
 def rank(
@@ -107,6 +134,14 @@ def rank(
     Raises:
       UserError: as `generate`; no candidates, or an empty one.
     """
+    for scores in candidate_scores(model, requests, candidates, batch_size):
+        yield candidates[scores.argmax()], float(scores.max())
+
+
+def candidate_scores(
+    model: VLKD, requests: Iterable[Request], candidates: Sequence[str], batch_size: int = BATCH_SIZE
+) -> Iterator[np.ndarray]:
+    """The log-likelihood of every candidate for each request [C], in their order. Raises UserError as `rank`."""
     text = model.bart_text
     ids = [text.encode(f" {candidate.strip()}") for candidate in candidates if candidate.strip()]
     if not ids or len(ids) < len(candidates):
@@ -116,8 +151,7 @@ def rank(
     for rows, images, texts in _batches(model, requests, longest, batch_size):
         models, inputs = (model.bart, model.bart_params, packed), (_image_memory(model, images), *texts)
         scores = _on_mesh(model, _rank, models, inputs, vocab_size=text.vocab_size)
-        for row in np.asarray(scores)[: len(rows)]:
-            yield candidates[row.argmax()], float(row.max())
+        yield from np.asarray(scores)[: len(rows)]
 
 
 def _batches(model: VLKD, requests: Iterable[Request], new_tokens: int, batch_size: int):
@@ -209,13 +243,15 @@ def _project_images(
     return project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_size", "options"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("vocab_size", "options", "scored"))
 def _generate(
-    bart: Bart, params: Params, image, source, context, prefix, draws, vocab_size: int, options: Decoding
-) -> Array:
-    """Ids below `vocab_size` [B, returns, max_new_tokens]."""
+    bart: Bart, params: Params, image, source, context, prefix, draws, vocab_size: int, options: Decoding, scored: bool
+) -> tuple[Array, Array | None]:
+    """Ids below `vocab_size` [B, returns, max_new_tokens], and where they are asked for their log-likelihoods."""
     decoder = _decoder(bart, params, image, source, context, vocab_size)
-    return sharding.constrain(decode(decoder, *prefix, draws, options))  # whole on every process
+    ids = decode(decoder, *prefix, draws, options)
+    scores = likelihood(decoder, *prefix, ids) if scored else None
+    return jax.tree.map(sharding.constrain, (ids, scores))  # whole on every process
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")

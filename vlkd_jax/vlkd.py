@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ from PIL import Image
 
 from vlkd_jax import predict, processes, sharding
 from vlkd_jax.checkpoint import Checkpoints
-from vlkd_jax.config import with_defaults
+from vlkd_jax.config import HUB, with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
 from vlkd_jax.data.images import open_image, to_rgb
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding
-from vlkd_jax.errors import UserError
+from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.hf.hub import snapshot
 from vlkd_jax.hf.names import parameter_shapes
-from vlkd_jax.hf.student import CLIP_TOKENIZER, load_student, read_student_config
+from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_student_config
 from vlkd_jax.identity import (
     MODELS,
     check_inputs,
@@ -40,6 +43,7 @@ from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
+from vlkd_jax.predict import Scored
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
@@ -49,15 +53,20 @@ from vlkd_jax.workdir import CONFIG_FILE
 
 Picture = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 [height, width, 3]."""
+Pictures = Picture | Sequence[Picture]
+"""One picture or several."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VLKD:
-    """A student with its teacher, on the devices.
+    """A student with its teacher, on the devices. Several threads may use one.
 
-    >>> model = VLKD.from_run("runs/shapes")
-    >>> model.answer(["photo.jpg"], ["what color is the car?"])
-    ['red']
+    >>> model = VLKD.from_pretrained("runs/shapes")
+    >>> model.answer("photo.jpg", "what color is the car?")
+    'red'
+
+    A program is compiled for every size of batch (powers of two up to 64) and every room for texts (multiples of 16
+    tokens) that is met, once each.
 
     Attributes:
       bart, bart_params: the student's BART; bart_text: its tokenizer.
@@ -108,6 +117,29 @@ class VLKD:
             config=task.student,
             **common,
         )
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, mesh: Mesh | None = None) -> VLKD:
+        """The student that lies somewhere, ready to be used.
+
+        Args:
+          name: a directory that `vlkd export` wrote, the workdir of a training run, or `hf:OWNER/NAME`, an export on
+            the Hugging Face hub, which is then downloaded.
+          mesh: the devices to use, as `sharding.make_mesh` gives them; default: one.
+
+        Raises:
+          UserError: nothing of these there, or a file that cannot be used.
+        """
+        if isinstance(name, str) and name.startswith(HUB):
+            return cls.from_export(snapshot(name), mesh)
+        if is_student(name):
+            return cls.from_export(name, mesh)
+        if not (locate(name) / CONFIG_FILE).is_file():
+            raise UserError(
+                f"{name}: no export and no run of training there; give the --output of vlkd export, the "
+                "--workdir of vlkd train, or hf:OWNER/NAME"
+            )
+        return cls.from_run(name, mesh=mesh)
 
     @classmethod
     def from_run(
@@ -190,39 +222,199 @@ class VLKD:
             },
         )
 
-    def answer(self, images: Sequence[Picture], questions: Sequence[str], max_new_tokens: int = 10) -> list[str]:
-        """Zero-shot answers, one for each picture and its question.
+    def answer(self, images: Pictures, questions: str | Sequence[str], *, scores: bool = False, **options: Any) -> Any:
+        """Zero-shot answers to questions about pictures.
+
+        >>> model.answer("photo.jpg", "what color is the car?")
+        'red'
+        >>> model.answer("photo.jpg", ["what color is the car?", "is it day?"], scores=True)
+        [Scored(text='red', score=-0.41), Scored(text='yes', score=-0.92)]
+
+        Args:
+          images: one picture or several: paths, PIL images, uint8 arrays [height, width, 3].
+          questions: one or several. One picture has all of them, one question is asked about all pictures, otherwise
+            each picture has its own.
+          scores: give each answer with its log-likelihood, the sum over its tokens and `</s>`.
+          **options: how an answer is chosen, the fields of `vlkd_jax.decoding.Decoding`: method ("greedy", "beam",
+            "sample"), max_new_tokens (10), min_new_tokens, no_repeat_ngram, returns; beams, length_penalty,
+            early_stopping; temperature, top_k, top_p, seed.
+
+        Returns:
+          For one picture and one question a text, otherwise a list of texts in order; with `scores` each is a
+          `Scored(text, score)`; with `returns` above 1 each is a list of so many, the best first.
 
         Raises:
-          UserError: a question that is too long.
+          UserError: numbers of pictures and questions that do not go together, a question that is too long, an option
+            that there is not or that its method does not use.
           RecordError: a picture that cannot be read.
         """
-        return self._generate(images, ({"question": question} for question in questions), "question", max_new_tokens)
+        one = _is_picture(images) and isinstance(questions, str)
+        pictures, asked = _paired(_pictures(images), [questions] if isinstance(questions, str) else list(questions))
+        fields = [{"question": question} for question in asked]
+        said = self._say(pictures, fields, "question", scores, {"max_new_tokens": 10, **options})
+        return said[0] if one else said
 
-    def caption(self, images: Sequence[Picture], max_new_tokens: int = 20) -> list[str]:
-        """Zero-shot captions, without the prompt `a picture of`. Raises RecordError for a picture it cannot read."""
-        return self._generate(images, ({} for _ in images), "caption", max_new_tokens)
+    def caption(self, images: Pictures, *, scores: bool = False, **options: Any) -> Any:
+        """Zero-shot captions of pictures, without the prompt `a picture of`.
 
-    def _generate(self, images: Iterable[Picture], fields: Iterable[dict], name: str, max_new_tokens: int) -> list[str]:
+        >>> model.caption("photo.jpg", method="beam", beams=5, returns=3)
+        ['a red car on a street', 'a red car', 'a car that is parked']
+
+        Args:
+          images, scores, **options: as for `answer`; max_new_tokens is 20.
+
+        Returns:
+          For one picture a text, for several a list, as `answer` gives them.
+
+        Raises:
+          UserError: an option that there is not or that its method does not use.
+          RecordError: a picture that cannot be read.
+        """
+        pictures = _pictures(images)
+        said = self._say(pictures, [{} for _ in pictures], "caption", scores, {"max_new_tokens": 20, **options})
+        return said[0] if _is_picture(images) else said
+
+    def generate_text(self, texts: str | Sequence[str], *, scores: bool = False, **options: Any) -> Any:
+        """What the student's BART makes of texts alone: it writes each anew, with words in the place of `<mask>`.
+
+        >>> model.generate_text("the car is <mask>.")
+        'the car is red.'
+
+        Args:
+          texts: one or several; a literal `<mask>` in one is the mask, other special tokens are plain text.
+          scores, **options: as for `answer`; max_new_tokens is 60.
+
+        Returns:
+          For one text a text, for several a list, as `answer` gives them.
+
+        Raises:
+          UserError: a text that is too long, an option that there is not or that its method does not use.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        room = self.bart.config.max_position_embeddings - 2
+        decoding = _decoding({"max_new_tokens": min(60, room), **options})
+        requests = [predict.Request(self._with_masks(text), []) for text in listed]
+        said = self._texts(requests, decoding, scores)
+        return said[0] if isinstance(texts, str) else said
+
+    def rank(
+        self, images: Pictures, texts: Sequence[str], questions: str | Sequence[str] | None = None
+    ) -> list[Scored] | list[list[Scored]]:
+        """Texts in the order in which they fit pictures, the best first.
+
+        >>> model.rank("photo.jpg", ["a red car", "a dog"])
+        [Scored(text='a red car', score=0.31), Scored(text='a dog', score=0.12)]
+        >>> model.rank("photo.jpg", ["yes", "no"], "is there a car?")
+        [Scored(text='yes', score=-0.2), Scored(text='no', score=-1.9)]
+
+        Args:
+          images: as for `answer`.
+          texts: what to choose from, for all pictures.
+          questions: with one or several, as for `answer`, texts are answers and their scores log-likelihoods; without,
+            scores are cosines of the picture's and the texts' embeddings.
+
+        Returns:
+          For one picture (and one question) a list of `Scored(text, score)`, otherwise a list of such lists.
+
+        Raises:
+          UserError: no text, an empty or too long one, numbers that do not go together.
+          RecordError: a picture that cannot be read.
+        """
+        pictures, texts = _pictures(images), list(texts)
+        if not texts:
+            raise UserError("no texts to choose from; give one at least")
+        if questions is None:
+            one = _is_picture(images)
+            scores = self.embed_images(pictures) @ self.embed_texts(texts).T if pictures else []
+        else:
+            one = _is_picture(images) and isinstance(questions, str)
+            pictures, asked = _paired(pictures, [questions] if isinstance(questions, str) else list(questions))
+            requests = self._requests(pictures, [{"question": question} for question in asked], "question")
+            scores = predict.candidate_scores(self, requests, texts, _bucket(len(pictures)))
+        ranked = [
+            [Scored(texts[k], float(row[k])) for k in np.argsort(-np.asarray(row), kind="stable")] for row in scores
+        ]
+        return ranked[0] if one else ranked
+
+    def embed_images(self, images: Pictures) -> np.ndarray:
+        """The teacher's image embeddings [n, E], float32, L2-normalised; one picture is a row too.
+
+        Raises:
+          RecordError: a picture that cannot be read.
+        """
+        pictures = _pictures(images)
+        if not pictures:
+            return np.zeros((0, self.teacher.config.projection_dim), np.float32)
+        return predict.embed_images(self, map(open_picture, pictures), _bucket(len(pictures)))
+
+    def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
+        """The student's sentence embeddings [n, E], float32, L2-normalised; one text is a row too.
+
+        Raises:
+          UserError: a text that is too long.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        if not listed:
+            return np.zeros((0, self.teacher.config.projection_dim), np.float32)
+        return predict.embed_texts(self, listed, _bucket(len(listed)))
+
+    def save_pretrained(self, directory: str | Path, dtype: str = "float32") -> None:
+        """Writes the student as Hugging Face directories, as `vlkd export` does; `from_pretrained` reads them.
+
+        Args:
+          directory: new or empty.
+          dtype: of the weights: float32, bfloat16 or float16.
+
+        Raises:
+          UserError: something lies there already, or it cannot be written.
+        """
+        from vlkd_jax.hf.export import export  # which imports this module
+
+        export(self, Path(directory), dtype)
+
+    def push_to_hub(self, repository: str, dtype: str = "float32", private: bool = True) -> str:
+        """Uploads what `save_pretrained` writes to `OWNER/NAME` on the Hugging Face hub; returns its address.
+
+        You must be logged in (`hf auth login`). Nothing else here uploads anything.
+
+        Raises:
+          UserError: no login, no such owner, or no answer.
+        """
+        from vlkd_jax.hf.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "export", dtype)
+            return upload(Path(folder) / "export", repository, private)
+
+    def _with_masks(self, text: str) -> list[int]:
+        """Ids of a text in which `<mask>` is the mask, which takes the space before it, and nothing else is special."""
+        *parts, last = text.split("<mask>")
+        fields = {f"part{number}": part.rstrip(" ") for number, part in enumerate(parts)}
+        template = "".join(f"{{{name}}}<mask>" for name in fields) + "{last}"
+        return self.bart_text.encode_template(template, **fields, last=last)
+
+    def _say(self, pictures: list[Picture], fields: list[dict], name: str, scores: bool, options: dict) -> list[Any]:
+        return self._texts(self._requests(pictures, fields, name), _decoding(options), scores, len(pictures))
+
+    def _requests(self, pictures: list[Picture], fields: list[dict], name: str) -> Iterator[predict.Request]:
+        """Prompts about pictures; what is one object several times in a row is opened once."""
         prompts = {"question": QUESTION, "caption": CAPTION}[name]
-        encoder, decoder = prompts[f"{name}_encoder"], prompts[f"{name}_decoder"]
-        requests = (
-            predict.Request(
-                self.bart_text.encode_template(encoder, **values),
-                self.bart_text.encode_template(decoder, **values),
-                image=open_picture(image),
+        last, opened = None, None
+        for number, (picture, values) in enumerate(zip(pictures, fields, strict=True)):
+            if number == 0 or picture is not last:
+                last, opened = picture, open_picture(picture)
+            source, prefix = (
+                self.bart_text.encode_template(prompts[f"{name}_{part}"], **values) for part in ("encoder", "decoder")
             )
-            for image, values in zip(images, fields, strict=True)
-        )
-        return [text for (text,) in predict.generate(self, requests, Decoding(max_new_tokens=max_new_tokens))]
+            yield predict.Request(source, prefix, opened, draw=number)
 
-    def embed_images(self, images: Iterable[Picture]) -> np.ndarray:
-        """The teacher's image embeddings [n, E], L2-normalised. Raises RecordError for a picture it cannot read."""
-        return predict.embed_images(self, map(open_picture, images))
-
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """The student's sentence embeddings [n, E], L2-normalised. Raises UserError for a text that is too long."""
-        return predict.embed_texts(self, texts)
+    def _texts(
+        self, requests: Iterable[predict.Request], decoding: Decoding, scores: bool, count: int | None = None
+    ) -> list[Any]:
+        count = len(requests) if count is None else count
+        generate = predict.generate_scored if scores else predict.generate
+        rows = generate(self, requests, decoding, _bucket(count))
+        return [list(row) if decoding.returns > 1 else row[0] for row in rows]
 
 
 def _sha256_of(preprocessing: Preprocessing) -> str:
@@ -230,10 +422,60 @@ def _sha256_of(preprocessing: Preprocessing) -> str:
 
 
 def open_picture(picture: Picture) -> Image.Image | np.ndarray:
-    """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read."""
+    """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read, and for an URL."""
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
-    return picture if isinstance(picture, np.ndarray) else open_image(picture)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
+            told = f"an array {picture.dtype} {list(picture.shape)}"
+            raise RecordError("malformed entry", f"{told} is no picture; give uint8 [height, width, 3]")
+        return picture
+    if isinstance(picture, str) and picture.lower().startswith(("http://", "https://")):
+        raise RecordError("image not found", f"{picture}: URLs are opened where asked only: vlkd_jax.fetch(URL)")
+    return open_image(picture)
+
+
+def _is_picture(images: Pictures) -> bool:
+    """Whether this is one picture, not several."""
+    return isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+
+
+def _pictures(images: Pictures) -> list[Picture]:
+    return [images] if _is_picture(images) else list(images)
+
+
+def _paired(pictures: list[Picture], questions: list[str]) -> tuple[list[Picture], list[str]]:
+    """As many pictures as questions. Raises UserError where there are several of both, and not as many."""
+    if len(pictures) == 1:
+        pictures = pictures * len(questions)
+    elif len(questions) == 1:
+        questions = questions * len(pictures)
+    if len(pictures) != len(questions):
+        raise UserError(
+            f"{len(pictures)} pictures and {len(questions)} questions; give a question for each, or one of either"
+        )
+    return pictures, questions
+
+
+def _decoding(options: dict[str, Any]) -> Decoding:
+    """Raises UserError for an option that there is not, that has no meaning, or that the method does not use."""
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"no decoding option {unknown[0]}; {meant}")
+    decoding = Decoding(**options)
+    decoding.check("decoding")
+    unused = [name for name in options if name not in decoding.record()]
+    if unused:
+        raise UserError(f"decoding option {unused[0]} is not used by method={decoding.method!r}; say the method too")
+    return decoding
+
+
+def _bucket(count: int) -> int:
+    """Rows of a batch for so many items: few sizes, so that few are compiled."""
+    return min(predict.BATCH_SIZE, 1 << max(count - 1, 0).bit_length())
 
 
 def run_config(directory: str | Path) -> ConfigDict:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from prompts import EOS, encode, padded, prefixes, sources
 
-from vlkd_jax.decoding import make_decoder, pack, project_memory, rank
+from vlkd_jax.decoding import Decoding, decode, likelihood, make_decoder, pack, project_memory, rank
 
 
 @pytest.fixture
@@ -53,3 +53,32 @@ def test_packed_chunks_hold_every_text_whole(texts):
         assert len(set(chunk)) == 1 and packed.offset[chunk, at].tolist() == list(range(len(text)))
         assert packed.ids[chunk, at].tolist() == text and packed.target[chunk, at].tolist() == [*text[1:], EOS]
     assert (packed.text < len(texts)).sum() == sum(map(len, texts))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def said(bart, params, memory, mask, prefix, prefix_mask, options):
+    decoder = make_decoder(bart, params, project_memory(bart, params, memory, mask))
+    ids = decode(decoder, prefix, prefix_mask, np.arange(len(prefix)), options)
+    return ids, likelihood(decoder, prefix, prefix_mask, ids)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Decoding(max_new_tokens=7),
+        Decoding("beam", max_new_tokens=7, beams=4, returns=3),
+        Decoding("sample", max_new_tokens=7, returns=3, seed=1),
+    ],
+    ids=lambda options: options.method,
+)
+def test_likelihoods_of_what_was_said(wordy, rng, options):
+    """Of every text of every row its own, whether it ended early or was cut off."""
+    rows = prefixes(rng, [0, 5, 2])
+    memory, mask = encode(wordy, sources(rng, 3))
+    ids, scores = map(np.asarray, said(*wordy, memory, mask, *padded(rows), options))
+    assert scores.shape == ids.shape[:2] == (3, options.returns)
+    for row, number in np.ndindex(scores.shape):
+        text = ids[row, number].tolist()
+        text = text[: text.index(EOS)] if EOS in text else text
+        expected = alone(wordy, memory[row], mask[row], rows[row], text)
+        np.testing.assert_allclose(scores[row, number], expected, atol=2e-4, rtol=0)

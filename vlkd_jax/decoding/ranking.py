@@ -73,3 +73,33 @@ def rank(
 
     total = jnp.pad(first, ((0, 0), (0, 1)))
     return jax.lax.scan(read, total, tuple(map(jnp.asarray, candidates[1:])))[0][:, :texts]
+
+
+def likelihood(
+    decoder: Decoder,
+    prefix: Int[ArrayLike, "B P"],
+    prefix_mask: Bool[ArrayLike, "B P"],
+    ids: Int[ArrayLike, "B R N"],
+) -> Float32[Array, "B R"]:
+    """The log-likelihood of R texts of each row's own after a forced prefix: the sum over its tokens.
+
+    Args:
+      ids: as `decode` gives them: a text ends with its first `</s>`, which counts, or with its last token.
+    """
+    batch, texts, tokens = ids.shape
+    ends = ids == decoder.bart.config.eos_token_id
+    counts = jnp.cumsum(ends, -1) - ends == 0
+    hidden, cache = prefill(decoder, prefix, prefix_mask, texts * tokens)
+    first = jnp.take_along_axis(jax.nn.log_softmax(score(decoder, hidden)), ids[..., 0], -1)
+    text, offset = jnp.divmod(jnp.arange(texts * tokens), tokens)
+    before = (text[:, None] == text) & (offset[:, None] >= offset)
+    visible = [
+        jnp.broadcast_to(prefix_mask[:, None], (batch, texts * tokens, prefix.shape[1])),
+        jnp.broadcast_to(before, (batch, texts * tokens, texts * tokens)),
+    ]
+    positions = jnp.sum(prefix_mask, -1)[:, None] + offset
+    at, flat = jnp.int32(prefix.shape[1]), ids.reshape(batch, -1)
+    hidden, _ = extend(decoder, cache, flat, positions, at, jnp.concatenate(visible, -1))
+    likely = jax.nn.log_softmax(score(decoder, hidden)).reshape(batch, texts, tokens, -1)
+    following = jnp.take_along_axis(likely[:, :, :-1], ids[..., 1:, None], -1)[..., 0]
+    return first + jnp.sum(following, -1, where=counts[..., 1:])

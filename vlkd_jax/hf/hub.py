@@ -26,6 +26,7 @@ from vlkd_jax.hf.load import (
 PATTERNS = (
     *(CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES, "README.md"),
     *(WEIGHTS, INDEX, "model-*.safetensors", OPEN_CLIP, OPEN_CLIP_WEIGHTS),
+    "clip_tokenizer/*",
 )
 """What is downloaded: no code and no pickles."""
 
@@ -72,3 +73,17 @@ def snapshot(name: str) -> Path:
             f"{name}: not in the hub's local cache, and the hub gives no answer ({reason}); once there is a network, "
             f"hf download {model} --local-dir DIR brings it, then give DIR"
         ) from error
+
+
+def upload(directory: Path, repository: str, private: bool) -> str:
+    """Uploads a directory to `OWNER/NAME`, which is made if need be; returns its address. Raises UserError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=directory).repo_url)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{repository}: cannot be uploaded ({reason}); hf auth login, or another name") from error
