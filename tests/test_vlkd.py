@@ -121,6 +121,22 @@ def test_ranking_by_cosine_and_texts_alone(run, model):
     assert model._with_masks("{x} </s>") == text.encode("{x} </s>") and text.eos not in model._with_masks("</s>")
 
 
+def test_where_an_answer_looked(run, model):
+    """Every token's reading of the picture and of the text adds up to one; another picture, another map."""
+    path, question = run / "images" / "a.png", QUESTIONS[0]
+    answer = model.answer(path, question, max_new_tokens=4)
+    told = model.attention(path, question, answer)
+    side = model.teacher.config.vision.image_size // model.teacher.config.vision.patch_size
+    assert told.patches.shape == (len(told.tokens), side, side) and told.tokens[-1] == "</s>"
+    assert " ".join(told.tokens[:-1]).split() == answer.split() or len(told.tokens) > 1
+    read = told.patches.sum((1, 2)) + told.whole
+    assert (read > 0).all() and (read < 1).all() and (told.patches >= 0).all()
+    assert told.seen.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    other = model.attention(run / "images" / "b.png", question, answer)
+    assert np.abs(other.patches - told.patches).max() > 1e-6
+    assert len(model.attention(path, question, "").tokens) == 1
+
+
 def test_a_lone_picture_is_a_batch_of_one(run, model, monkeypatch):
     """Not filled up to sixty-four: sizes are powers of two."""
     sizes = []

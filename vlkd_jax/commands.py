@@ -203,6 +203,21 @@ COMMANDS = {
         ),
         example='photo.jpg "a red car" --model=runs/mine',
     ),
+    "serve": Command(
+        module="vlkd_jax.web.server",
+        summary="a page to ask about pictures, and the same as JSON",
+        description="Serves a trained student: a page to drop a picture on, with captions, answers, alternatives and "
+        "the parts of the picture that an answer was read from, and a JSON endpoint (/api/caption, /api/ask; schema at "
+        "/openapi.json). Only this machine reaches it unless --host says otherwise.",
+        options=(
+            MODEL,
+            Option("host", "ADDRESS", "to listen at; 0.0.0.0 is everywhere", default="127.0.0.1"),
+            Option("port", "N", "0 takes one that is free", kind="integer", default=8000, minimum=0),
+            Option("megabytes", "N", "of a picture's file at most", kind="number", default=10.0, minimum=0.01),
+            Option("per_minute", "N", "requests of one address", kind="integer", default=60, minimum=1),
+        ),
+        example="--model=runs/mine --port=8080",
+    ),
     "score": Command(
         module="vlkd_jax.score",
         summary="score predictions from files, ours or another system's",

@@ -274,6 +274,56 @@ def _decoder(bart: Bart, params: Params, image, source, context, vocab_size: int
     return make_decoder(bart, params, join_memories(*memories))
 
 
+def attention(model: VLKD, request: Request, answer: list[int]) -> np.ndarray:
+    """How much each token of a continuation, `</s>` included, read of each image token when it was chosen.
+
+    Args:
+      answer: ids without `</s>`.
+
+    Returns:
+      float32 [tokens of `answer` and one, N], the mean of the cross-attention's weights over layers and heads. A row
+      adds up to what was read of the image; the rest was read of the text.
+
+    Raises:
+      UserError: a text that is too long.
+    """
+    text = model.bart_text
+    target = [text.bos, *request.prefix, *answer, text.eos]
+    room = model.bart.config.max_position_embeddings
+    source, target = (pad([ids], _width([ids], room), text.pad) for ids in (text.wrap(request.source), target))
+    pixels = _pixels(model, [request.image], sharding.row_shards(model.mesh))[:1]
+    models = model.student, model.teacher, model.config.image_tokens, model.params, model.clip_params
+    weights = np.asarray(_on_mesh(model, _attention, models, (pixels, *source, target[0])))
+    first = 1 + len(request.prefix)
+    return weights[first : first + len(answer) + 1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attention(
+    student: Student,
+    teacher: Clip,
+    image_tokens: str,
+    params: Params,
+    clip_params: Params,
+    pixels: Array,
+    source: Array,
+    mask: Array,
+    target: Array,
+) -> Array:
+    """Mean weights [T, N] of one row."""
+    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
+    output = teacher.apply({"params": clip_params}, normalised, method="encode_images")
+    tokens = select_tokens(output, image_tokens)
+
+    def read(student: Student) -> Array:
+        memory = student.memory(student.image_prefix(tokens), student.encode(source, mask), mask)
+        return student.decode(target, *memory)
+
+    _, kept = student.apply({"params": params}, method=read, mutable=["intermediates"])
+    (weights,) = kept["intermediates"]["bart"]["decoder"]["layers"]["encoder_attn"]["weights"]  # [layers, 1, H, T, M]
+    return sharding.constrain(jnp.mean(weights[:, 0].astype(jnp.float32), (0, 1))[:, : tokens.shape[1]])
+
+
 def embed_images(model: VLKD, images: Iterable[Image.Image | np.ndarray], batch_size: int = BATCH_SIZE) -> np.ndarray:
     """The teacher's image embeddings [n, E], L2-normalised; n at least 1."""
     return np.concatenate(list(image_embeddings(model, images, batch_size)))

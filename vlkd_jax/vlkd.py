@@ -7,11 +7,12 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from vlkd_jax import predict, processes, sharding
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import HUB, with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
-from vlkd_jax.data.images import open_image, to_rgb
+from vlkd_jax.data.images import open_image, resize_and_crop, to_rgb
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding
@@ -55,6 +56,22 @@ Picture = str | Path | Image.Image | np.ndarray
 """A path, a PIL image, or uint8 [height, width, 3]."""
 Pictures = Picture | Sequence[Picture]
 """One picture or several."""
+
+
+class Attended(NamedTuple):
+    """What an answer of T tokens was read from.
+
+    Attributes:
+      tokens: the T tokens, `</s>` the last.
+      patches: float32 [T, rows, columns], the share of each token's reading that each patch of the picture has.
+      whole: float32 [T], that of the token for the whole picture; the rest was read of the text.
+      seen: uint8 [height, width, 3], the part of the picture that the model sees, which the patches divide.
+    """
+
+    tokens: list[str]
+    patches: np.ndarray
+    whole: np.ndarray
+    seen: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +352,31 @@ class VLKD:
             [Scored(texts[k], float(row[k])) for k in np.argsort(-np.asarray(row), kind="stable")] for row in scores
         ]
         return ranked[0] if one else ranked
+
+    def attention(self, image: Picture, question: str, answer: str) -> Attended:
+        """Which parts of a picture each token of an answer was read from, by the decoder's cross-attention.
+
+        Weights are the mean over layers and heads: where the decoder looked, which need not be why it answered so.
+
+        Args:
+          answer: such as `answer` gave; any other is looked at too.
+
+        Raises:
+          UserError: a model whose image is one token, a text that is too long.
+          RecordError: a picture that cannot be read.
+        """
+        (request,) = self._requests([image], [{"question": question}], "question")
+        ids = self.bart_text.encode(f" {answer.strip()}") if answer.strip() else []
+        weights = predict.attention(self, request, ids)
+        side = math.isqrt(weights.shape[1] - 1)
+        if weights.shape[1] == 1:
+            raise UserError(
+                "this student reads a picture as one token (image_tokens pooled); there are no parts to show"
+            )
+        grid = weights[:, 1:].reshape(-1, side, side)  # without the class token, which is the whole picture's
+        tokens = [*(self.bart_text.decode([token]) for token in ids), "</s>"]
+        seen = resize_and_crop(request.image, self.teacher.config.preprocessing)
+        return Attended(tokens, grid, weights[:, 0], seen)
 
     def embed_images(self, images: Pictures) -> np.ndarray:
         """The teacher's image embeddings [n, E], float32, L2-normalised; one picture is a row too.

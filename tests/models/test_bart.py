@@ -310,3 +310,22 @@ def test_texts_longer_than_the_position_table_are_user_errors(tiny, apply):
         apply(Bart(config), params, ids, ids == 0, method="encode")
     with pytest.raises(UserError, match=r"25 BART tokens.*max_position_embeddings is 24"):
         apply(Bart(config), params, ids, *memory, method="decode")
+
+
+@pytest.mark.parity
+def test_attention_weights_of_the_decoder(both, rng):
+    """Sown for whoever asks, of every layer; nothing is kept otherwise."""
+    model, config, params = both
+    ids, _ = texts(rng, TARGET, padded=False)
+    memory, mask = memory_of(rng)
+    _, kept = Bart(config).apply({"params": params}, ids, memory, mask, method="decode", mutable=["intermediates"])
+    (ours,) = kept["intermediates"]["decoder"]["layers"]["encoder_attn"]["weights"]
+    model.set_attn_implementation("eager")
+    theirs = model.model.decoder(
+        torch.tensor(ids),
+        encoder_hidden_states=torch.tensor(memory),
+        encoder_attention_mask=torch.tensor(mask),
+        output_attentions=True,
+    ).cross_attentions
+    close(ours, torch.stack(theirs), MODULE)
+    assert Bart(config).apply({"params": params}, ids, memory, mask, method="decode", mutable=["other"])[1] == {}

@@ -28,7 +28,8 @@ class Attention(nn.Module):
     """Multi-head scaled dot-product attention with Hugging Face's parameter names.
 
     Weights and their softmax are float32; projections run in `dtype`. A query that may read nothing attends evenly
-    (finite, never NaN). Source: Vaswani et al. 2017, section 3.2.
+    (finite, never NaN). The weights are sown in "intermediates" for whoever makes that collection mutable. Source:
+    Vaswani et al. 2017, section 3.2.
 
     Attributes:
       out_width: of the result where it is not `width`.
@@ -70,6 +71,7 @@ class Attention(nn.Module):
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        self.sow("intermediates", "weights", weights)
         weights = self.weight_dropout(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhtm,bhmk->bthk", weights, kv.value)
         return self.out_proj(mixed.reshape(*x.shape[:-1], self.width))

@@ -123,7 +123,7 @@ class DecoderLayer(BartLayer):
 
 def _scan(layers: int) -> dict:
     return {
-        "variable_axes": {"params": 0},
+        "variable_axes": {"params": 0, "intermediates": 0},
         "split_rngs": {"params": True, "dropout": True},
         "in_axes": nn.broadcast,
         "length": layers,
