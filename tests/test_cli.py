@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from tiny import ROOT, environment
 
-from vlkd_jax import cli, entry
+from vlkd_jax import cli, completion, entry
 from vlkd_jax.commands import COLUMNS, COMMANDS, overview, usage
 from vlkd_jax.hf import random
 from vlkd_jax.shapes import make_models
@@ -256,3 +256,36 @@ def test_the_demo_of_a_wheel_starts(from_wheel):
                 process.kill()
                 break
     assert told[0].startswith("== 1/4 distillation: ") and told[-1].startswith("step 0 "), "".join(told)
+
+
+COMPLETE = """
+eval "$1"
+COMP_WORDS=({words}) COMP_CWORD={number}
+_vlkd 2>/dev/null
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["vlkd", "ev"], ["evaluate"]),
+        (["vlkd", "prepare-"], ["prepare-suite"]),
+        (["vlkd", "ask", "--sc"], ["--scores"]),
+        (["vlkd", "caption", "--method=b"], ["--method=beam"]),
+        (["vlkd", "nonsense", "--h"], ["--help"]),
+    ],
+)
+def test_completion_in_bash(words, expected):
+    """By bash itself; what is completed is what the commands have."""
+    script = COMPLETE.format(words=" ".join(words), number=len(words) - 1)
+    done = subprocess.run(["bash", "-c", script, "bash", completion.script("bash")], capture_output=True, text=True)
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_completion_knows_every_command():
+    done = run("completion", "bash")
+    assert done.returncode == 0 and done.stdout == completion.script("bash")
+    assert all(f"    {name}) options=" in done.stdout for name in COMMANDS) and "setup_seconds" not in done.stdout
+    assert run("completion", "fish").stderr == "error: no completion for fish; it is one of bash, zsh\n"
+    assert completion.script("zsh").startswith('# eval "$(vlkd completion zsh)"')

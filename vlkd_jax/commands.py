@@ -479,6 +479,14 @@ COMMANDS = {
         example="--config=shapes_vlkd --workdir=runs/shapes",
         needs_device=False,
     ),
+    "completion": Command(
+        module="vlkd_jax.completion",
+        summary="completion of commands and options in your shell",
+        description="Prints what a shell is to evaluate, so that Tab completes the commands and their options.",
+        options=(Option("shell", "SHELL", "bash|zsh", kind="argument", required=True),),
+        example="bash",
+        needs_device=False,
+    ),
     "demo": Command(
         module="vlkd_jax.shapes.demo",
         summary="the whole job on the built-in world: train, evaluate, report",
