@@ -159,7 +159,7 @@ def test_pods_of_a_jobset_meet(name, jobs, each, port):  # noqa: F811
     changes = {"JAX_COORDINATOR_PORT": str(port), "JAX_COMPILATION_CACHE_DIR": ""}
     told = [variables | changes for variables in pods(LAUNCH / name, jobs, each)]
     with running(*(([], variables) for variables in told)) as started:
-        assert endings(started) == [(0, "met 0\n", ""), (0, "met 1\n", "")]
+        assert endings(started) == [(0, ["met 0"], ""), (0, ["met 1"], "")]
 
 
 SRUN = f"""#!{sys.executable}

@@ -5,6 +5,7 @@ Then `vlkd train` with the same config and --config.data.teacher_cache=DIR neith
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import compression, processes, sharding
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.data.builder import locked
 from vlkd_jax.data.pipeline import Encoder, read_ahead
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.streams import cache_key, make_source
@@ -174,20 +176,26 @@ def cache_teacher(config: ConfigDict, output: Path, dtype: str = "float32") -> d
     compute, row = _program(config, task, dtype, mesh)
     layout = Layout(output, row, len(source), batch_rows + -batch_rows % sharding.row_shards(mesh))
     plan = {"key": key, "dtype": dtype, "batch_rows": layout.batch_rows, "rows": layout.shard_rows}
-    missing = processes.on_first(lambda: _start(layout, plan))
-    there = f"; {len(layout.shards) - len(missing)} there already" if len(missing) < len(layout.shards) else ""
-    size = layout.count * row.itemsize / 2**30
-    say(f"{layout.count:,} records, {row.itemsize:,} bytes each, {size:.2f} GiB in {len(layout.shards)} file(s){there}")
-    mine = tuple(missing[jax.process_index() :: jax.process_count()])
-    if mine:
-        params = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))["clip"]
-        encode = dataclasses.replace(task.encoder, bart_text=None)
-        records = _Inputs(source, encode, _empty(task), mine, layout.shard_rows)
-        with jax.set_mesh(mesh):
-            blocks = _blocks(config, layout, records, functools.partial(compute, params), sharding.over_batch(mesh))
-            _write(layout, mine, blocks)
-    processes.share(None)  # everybody has written
-    return processes.on_first(lambda: _finish(layout, plan))
+    with contextlib.ExitStack() as held:  # by process 0, for all
+        missing = processes.on_first(lambda: _start(layout, plan, held))
+        _tell(layout, missing)
+        mine = tuple(missing[jax.process_index() :: jax.process_count()])
+        if mine:
+            params = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))["clip"]
+            encode = dataclasses.replace(task.encoder, bart_text=None)
+            records = _Inputs(source, encode, _empty(task), mine, layout.shard_rows)
+            with jax.set_mesh(mesh):
+                blocks = _blocks(config, layout, records, functools.partial(compute, params), sharding.over_batch(mesh))
+                _write(layout, mine, blocks)
+        processes.share(None)  # everybody has written
+        return processes.on_first(lambda: _finish(layout, plan))
+
+
+def _tell(layout: Layout, missing: Sequence[int]) -> None:
+    shards, size = len(layout.shards), layout.row.itemsize
+    there = f"; {shards - len(missing)} there already" if len(missing) < shards else ""
+    gigabytes = layout.count * size / 1e9
+    say(f"{layout.count:,} records, {size:,} bytes each, {gigabytes:.3g} GB in {shards} file(s){there}")
 
 
 def _empty(task: Task) -> dict[str, Any]:
@@ -248,11 +256,12 @@ def _write(layout: Layout, shards: Sequence[int], blocks: Iterator[Computed]) ->
                 say(line, everywhere=True)
 
 
-def _start(layout: Layout, plan: dict[str, Any]) -> list[int]:
-    """The shards that are missing of a cache that is begun or gone on with."""
+def _start(layout: Layout, plan: dict[str, Any], held: contextlib.ExitStack) -> list[int]:
+    """The shards that are missing of a cache that is begun or gone on with; `held` then holds its lock."""
     path = layout.directory / PLAN
     try:
         layout.directory.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(layout.directory, "cache.lock"))
         if path.exists():
             told = differences(read_json(path), plan)
             if told:
@@ -301,7 +310,7 @@ def main() -> None:
     errors = ", ".join(f"{name} {error:.2g}" for name, error in manifest["relative_error"].items())
     say(
         f"{output}: {manifest['records']:,} records ({manifest['unusable']:,} cannot be used), "
-        f"{manifest['bytes_per_record']:,} bytes each, {size / 2**20:,.1f} MiB; {manifest['dtype']}, relative error "
+        f"{manifest['bytes_per_record']:,} bytes each, {size / 1e9:.3g} GB; {manifest['dtype']}, relative error "
         f"(root mean square): {errors}"
     )
     say(f"train with --config.data.teacher_cache={output}")

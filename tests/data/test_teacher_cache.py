@@ -12,6 +12,7 @@ from tiny import tiny_config, write_pictures
 
 from vlkd_jax import cache_teacher, compression
 from vlkd_jax.cache_teacher import PART, Layout
+from vlkd_jax.data.builder import locked
 from vlkd_jax.data.sources import FolderPairs
 from vlkd_jax.data.streams import cache_key, make_source
 from vlkd_jax.data.teacher_cache import FAULTS, MANIFEST, PLAN, CachedPairs, pack, row_type, unpack
@@ -315,6 +316,11 @@ def test_no_cache_there(assets, folder, tmp_path):
     (tmp_path / MANIFEST).write_text("[]")
     with pytest.raises(UserError, match="not the manifest of a teacher cache"):
         cached(assets, folder, tmp_path)
+
+
+def test_two_at_once_in_one_directory(assets, folder, copied):
+    with locked(copied, "cache.lock"), pytest.raises(UserError, match="another command is at work there; wait for it"):
+        cache_teacher.cache_teacher(config_of(assets, folder), copied)
 
 
 def test_a_full_disk_is_one_line(assets, folder, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def build(
         return json.loads((output / MANIFEST).read_text())
     work = output / PARTS
     work.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with locked(output, "prepare.lock"):
         if (output / PLAN).exists():
             _check_same(output / PLAN, described)
         todo = parts()
@@ -171,12 +171,17 @@ def _check_same(path: Path, described: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    with open(output / "prepare.lock", "w") as file:
+def locked(output: Path, name: str) -> Iterator[None]:
+    """While the block runs, no other command writes this directory. Raises UserError where one does.
+
+    Args:
+      name: of the file that is locked.
+    """
+    with open(output / name, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{output}: another vlkd prepare is at work there; wait for it") from error
+            raise UserError(f"{output}: another command is at work there; wait for it") from error
         yield
 
 
