@@ -30,8 +30,8 @@ from vlkd_jax import checkpoint, manifest
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.errors import UserError
 from vlkd_jax.manifest import MANIFEST
+from vlkd_jax.runs import load_run
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import load_run
 
 
 def sharding_of(count: int):

@@ -12,8 +12,9 @@ from tiny import tiny_config, write_pictures
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.identity import INPUTS_FILE, check_inputs, hash_inputs, record_inputs, with_absolute_paths
+from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import VLKD, load_run, run_config
+from vlkd_jax.vlkd import VLKD
 
 
 def other_weights(path):

@@ -20,7 +20,7 @@ from tiny import ROOT, arguments, environment
 from vlkd_jax import cluster
 from vlkd_jax.commands import COMMANDS, EXIT_CODES
 from vlkd_jax.configs import base
-from vlkd_jax.vlkd import load_run
+from vlkd_jax.runs import load_run
 
 LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent

@@ -16,8 +16,8 @@ import pytest
 from tiny import ROOT, arguments, environment, make_mesh, tiny_config, without_gloo, write_pictures
 
 from vlkd_jax.cache_teacher import cache_teacher
+from vlkd_jax.runs import load_run
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import load_run
 
 OPTIONS = {"data__context_length": 0, "loss__denoise": 0.5, "student__whiten": 16, "dropout": 0.1}
 MESH = {"mesh__data": 2, "mesh__fsdp": 4}

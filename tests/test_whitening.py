@@ -10,10 +10,11 @@ from vlkd_jax.data.streams import train_stream
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.clip import normalize_pixels
 from vlkd_jax.models.vlkd import Whitening
+from vlkd_jax.runs import load_run
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.distill import select_tokens
 from vlkd_jax.train import train, whitened
-from vlkd_jax.vlkd import VLKD, load_run
+from vlkd_jax.vlkd import VLKD
 
 IMAGES, BATCHES = 20, 3  # 20 images are three batches of 8
 

@@ -37,9 +37,10 @@ from vlkd_jax.evals.vqa_files import version_of
 from vlkd_jax.hf.student import is_student
 from vlkd_jax.manifest import file_sha256
 from vlkd_jax.metrics import peak_memory, say
+from vlkd_jax.runs import run_config
 from vlkd_jax.sharding import make_mesh
 from vlkd_jax.storage import AnyPath, locate, make_directory, write_atomic
-from vlkd_jax.vlkd import VLKD, run_config
+from vlkd_jax.vlkd import VLKD
 
 METRICS = "metrics.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -17,26 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from vlkd_jax import predict, processes, sharding
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import HUB, with_defaults
 from vlkd_jax.configs.suites import CAPTION, QUESTION
-from vlkd_jax.data.images import open_image, resize_and_crop, to_rgb
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding
-from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.errors import UserError
 from vlkd_jax.hf.hub import snapshot
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_student_config
 from vlkd_jax.identity import (
     MODELS,
-    check_inputs,
     hash_directory,
     hash_inputs,
-    kept_model,
     read_inputs,
     with_absolute_paths,
 )
@@ -45,17 +40,14 @@ from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
 from vlkd_jax.predict import Scored
+from vlkd_jax.runs import load_run
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Params
+from vlkd_jax.use.given import Picture, Pictures, decoding_of, is_picture, open_picture, paired, picture_list
 from vlkd_jax.workdir import CONFIG_FILE
-
-Picture = str | Path | Image.Image | np.ndarray
-"""A path, a PIL image, or uint8 [height, width, 3]."""
-Pictures = Picture | Sequence[Picture]
-"""One picture or several."""
 
 
 class Attended(NamedTuple):
@@ -265,8 +257,8 @@ class VLKD:
             that there is not or that its method does not use.
           RecordError: a picture that cannot be read.
         """
-        one = _is_picture(images) and isinstance(questions, str)
-        pictures, asked = _paired(_pictures(images), [questions] if isinstance(questions, str) else list(questions))
+        one = is_picture(images) and isinstance(questions, str)
+        pictures, asked = paired(picture_list(images), [questions] if isinstance(questions, str) else list(questions))
         fields = [{"question": question} for question in asked]
         said = self._say(pictures, fields, "question", scores, {"max_new_tokens": 10, **options})
         return said[0] if one else said
@@ -287,9 +279,9 @@ class VLKD:
           UserError: an option that there is not or that its method does not use.
           RecordError: a picture that cannot be read.
         """
-        pictures = _pictures(images)
+        pictures = picture_list(images)
         said = self._say(pictures, [{} for _ in pictures], "caption", scores, {"max_new_tokens": 20, **options})
-        return said[0] if _is_picture(images) else said
+        return said[0] if is_picture(images) else said
 
     def generate_text(self, texts: str | Sequence[str], *, scores: bool = False, **options: Any) -> Any:
         """What the student's BART makes of texts alone: it writes each anew, with words in the place of `<mask>`.
@@ -309,7 +301,7 @@ class VLKD:
         """
         listed = [texts] if isinstance(texts, str) else list(texts)
         room = self.bart.config.max_position_embeddings - 2
-        decoding = _decoding({"max_new_tokens": min(60, room), **options})
+        decoding = decoding_of({"max_new_tokens": min(60, room), **options})
         requests = [predict.Request(self._with_masks(text), []) for text in listed]
         said = self._texts(requests, decoding, scores)
         return said[0] if isinstance(texts, str) else said
@@ -337,15 +329,15 @@ class VLKD:
           UserError: no text, an empty or too long one, numbers that do not go together.
           RecordError: a picture that cannot be read.
         """
-        pictures, texts = _pictures(images), list(texts)
+        pictures, texts = picture_list(images), list(texts)
         if not texts:
             raise UserError("no texts to choose from; give one at least")
         if questions is None:
-            one = _is_picture(images)
+            one = is_picture(images)
             scores = self.embed_images(pictures) @ self.embed_texts(texts).T if pictures else []
         else:
-            one = _is_picture(images) and isinstance(questions, str)
-            pictures, asked = _paired(pictures, [questions] if isinstance(questions, str) else list(questions))
+            one = is_picture(images) and isinstance(questions, str)
+            pictures, asked = paired(pictures, [questions] if isinstance(questions, str) else list(questions))
             requests = self._requests(pictures, [{"question": question} for question in asked], "question")
             scores = predict.candidate_scores(self, requests, texts, _bucket(len(pictures)))
         ranked = [
@@ -384,7 +376,7 @@ class VLKD:
         Raises:
           RecordError: a picture that cannot be read.
         """
-        pictures = _pictures(images)
+        pictures = picture_list(images)
         if not pictures:
             return np.zeros((0, self.teacher.config.projection_dim), np.float32)
         return predict.embed_images(self, map(open_picture, pictures), _bucket(len(pictures)))
@@ -436,7 +428,7 @@ class VLKD:
         return self.bart_text.encode_template(template, **fields, last=last)
 
     def _say(self, pictures: list[Picture], fields: list[dict], name: str, scores: bool, options: dict) -> list[Any]:
-        return self._texts(self._requests(pictures, fields, name), _decoding(options), scores, len(pictures))
+        return self._texts(self._requests(pictures, fields, name), decoding_of(options), scores, len(pictures))
 
     def _requests(self, pictures: list[Picture], fields: list[dict], name: str) -> Iterator[predict.Request]:
         """Prompts about pictures; what is one object several times in a row is opened once."""
@@ -463,92 +455,6 @@ def _sha256_of(preprocessing: Preprocessing) -> str:
     return hashlib.sha256(json.dumps(preprocessing.to_hf(), sort_keys=True).encode()).hexdigest()
 
 
-def open_picture(picture: Picture) -> Image.Image | np.ndarray:
-    """A picture as `resize_and_crop` takes it. Raises RecordError when it cannot be read, and for an URL."""
-    if isinstance(picture, Image.Image):
-        return to_rgb(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
-            told = f"an array {picture.dtype} {list(picture.shape)}"
-            raise RecordError("malformed entry", f"{told} is no picture; give uint8 [height, width, 3]")
-        return picture
-    if isinstance(picture, str) and picture.lower().startswith(("http://", "https://")):
-        raise RecordError("image not found", f"{picture}: URLs are opened where asked only: vlkd_jax.fetch(URL)")
-    return open_image(picture)
-
-
-def _is_picture(images: Pictures) -> bool:
-    """Whether this is one picture, not several."""
-    return isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
-
-
-def _pictures(images: Pictures) -> list[Picture]:
-    return [images] if _is_picture(images) else list(images)
-
-
-def _paired(pictures: list[Picture], questions: list[str]) -> tuple[list[Picture], list[str]]:
-    """As many pictures as questions. Raises UserError where there are several of both, and not as many."""
-    if len(pictures) == 1:
-        pictures = pictures * len(questions)
-    elif len(questions) == 1:
-        questions = questions * len(pictures)
-    if len(pictures) != len(questions):
-        raise UserError(
-            f"{len(pictures)} pictures and {len(questions)} questions; give a question for each, or one of either"
-        )
-    return pictures, questions
-
-
-def _decoding(options: dict[str, Any]) -> Decoding:
-    """Raises UserError for an option that there is not, that has no meaning, or that the method does not use."""
-    known = [field.name for field in dataclasses.fields(Decoding)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"no decoding option {unknown[0]}; {meant}")
-    decoding = Decoding(**options)
-    decoding.check("decoding")
-    unused = [name for name in options if name not in decoding.record()]
-    if unused:
-        raise UserError(f"decoding option {unused[0]} is not used by method={decoding.method!r}; say the method too")
-    return decoding
-
-
 def _bucket(count: int) -> int:
     """Rows of a batch for so many items: few sizes, so that few are compiled."""
     return min(predict.BATCH_SIZE, 1 << max(count - 1, 0).bit_length())
-
-
-def run_config(directory: str | Path) -> ConfigDict:
-    """The configuration of a training run. Raises UserError when there is none."""
-    path = locate(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{directory}: no {CONFIG_FILE} there; it is no --workdir of a training run")
-    return ConfigDict(with_defaults(read_json(path)))
-
-
-def load_run(
-    directory: str | Path,
-    clip: str | Path | None = None,
-    bart: str | Path | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Task, Params, int]:
-    """(task, trained parameters, step) of a training run's newest checkpoint; its optimizer is not read.
-
-    Args:
-      clip, bart: where the models of the run's start lie now, if not where it found them.
-      mesh: as for `VLKD.from_run`.
-
-    Raises:
-      UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
-    """
-    config = run_config(directory)
-    for name, given in (("clip", clip), ("bart", bart)):
-        config[name] = str(given or kept_model(directory, name) or config[name])
-    check_inputs(directory, config, hash_inputs(config, MODELS), MODELS)
-    task = make_task(config)
-    params = sharding.laid_out(task.abstract()[0], one_device() if mesh is None else mesh)
-    with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
-        step, parts, _ = checkpoints.restore({"params": params})
-    return task, parts["params"], step

@@ -28,9 +28,9 @@ from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.streams import train_sources, train_stream
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.manifest import file_sha256
+from vlkd_jax.runs import load_run
 from vlkd_jax.tasks import make_task
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import load_run
 
 COUNT = 23
 SHARED = ROOT.parent / "shared" / "data"

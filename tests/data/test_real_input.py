@@ -10,7 +10,7 @@ import pytest
 from tiny import ROOT, SHARED_DATA, command_line
 
 from vlkd_jax.hf.random import write_random
-from vlkd_jax.vlkd import load_run
+from vlkd_jax.runs import load_run
 
 pytestmark = pytest.mark.shared_data
 PHOTOS = SHARED_DATA / "coco_open"

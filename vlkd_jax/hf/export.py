@@ -24,8 +24,9 @@ from vlkd_jax.hf.card import model_card
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
 from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, save_student
 from vlkd_jax.metrics import say
+from vlkd_jax.runs import run_config
 from vlkd_jax.storage import write_atomic
-from vlkd_jax.vlkd import VLKD, run_config
+from vlkd_jax.vlkd import VLKD
 from vlkd_jax.workdir import new_directory
 
 RUN = "vlkd_run.json"

@@ -24,9 +24,10 @@ from vlkd_jax.evaluate import circumstances, evaluate, read_items
 from vlkd_jax.hf.export import export
 from vlkd_jax.hf.student import is_student
 from vlkd_jax.metrics import say
+from vlkd_jax.runs import run_config
 from vlkd_jax.shapes.report import write_report
 from vlkd_jax.train import train
-from vlkd_jax.vlkd import VLKD, run_config
+from vlkd_jax.vlkd import VLKD
 from vlkd_jax.workdir import output_directory, write_atomic
 
 SUITES = ("shapes", "shapes_seen")

@@ -26,10 +26,10 @@ from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesTexts
 from vlkd_jax.types import Params
-from vlkd_jax.vlkd import load_run, run_config
 from vlkd_jax.workdir import output_directory
 
 CLIP_POSITIONS = 32
