@@ -70,7 +70,9 @@ def test_every_package_and_every_file_of_the_models_is_listed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vlkd_jax").rglob("__init__.py")}
     assert {*packages, "vlkd_jax.configs"} == set(settings["packages"])
-    [(package, patterns)] = settings["package-data"].items()
+    data = settings["package-data"]
+    assert data.pop("vlkd_jax.web") == [path.name for path in (ROOT / "vlkd_jax" / "web").glob("*.html")]
+    [(package, patterns)] = data.items()
     root = ROOT.joinpath(*package.split("."))
     listed = {path for pattern in patterns for path in root.glob(pattern)}
     assert listed == {path for path in (root / "models").rglob("*") if path.is_file()}

@@ -26,7 +26,7 @@ from vlkd_jax.hf.load import (
 PATTERNS = (
     *(CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, *TOKENIZER_FILES, "README.md"),
     *(WEIGHTS, INDEX, "model-*.safetensors", OPEN_CLIP, OPEN_CLIP_WEIGHTS),
-    "clip_tokenizer/*",
+    *(f"clip_tokenizer/{name}" for name in TOKENIZER_FILES),  # of an export
 )
 """What is downloaded: no code and no pickles."""
 
