@@ -169,7 +169,7 @@ def cache_teacher(config: ConfigDict, output: Path, dtype: str = "float32") -> d
     config = with_absolute_paths(config)
     task = make_task(config)
     source = make_source(config, "train")
-    key = cache_key(config, task, hash_inputs(config), source)
+    key = cache_key(config, task, hash_inputs(config, ("clip", "data.captions", "data.directory")), source)
     # one process spreads its work as training does, to the same bits; of several each has rows of its own
     mesh = sharding.make_mesh(config.mesh) if jax.process_count() == 1 else sharding.local_mesh()
     batch_rows = -(-config.batch_size // jax.process_count())

@@ -26,10 +26,10 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.data.builder import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.data.sources import counted, read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, place
-from vlkd_jax.evals.prepared import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.evals.runner import run_suite
 from vlkd_jax.evals.suite import Item, check_prompts
 from vlkd_jax.evals.suites import SUITES

@@ -64,6 +64,7 @@ class Pairs:
         return self.options.split
 
     def features(self) -> Any:
+        """The fields of a record."""
         import tensorflow_datasets as tfds
 
         return tfds.features.FeaturesDict(
@@ -75,14 +76,17 @@ class Pairs:
         )
 
     def samples(self, part: Part) -> Iterator[Sample | RecordError]:
+        """The pairs of a part, and in the place of what is none, why."""
         return read(part, self.columns)
 
     def record(self, sample: Sample) -> Written:
+        """The picture made smaller, the caption on one line. Raises RecordError where that cannot be."""
         caption, image = caption_of(sample), read_picture(sample.image, sample.key)
         small = shrink(image, self.options.short, self.options.quality)
         return Written({"image": io.BytesIO(small), "caption": caption, "key": sample.key}, image, small, caption)
 
     def described(self) -> dict[str, Any]:
+        """What the records depend on."""
         files = sorted(p for p in self.source.iterdir() if p.is_file()) if self.source.is_dir() else [self.source]
         try:
             sizes = {path.name: path.stat().st_size for path in files}

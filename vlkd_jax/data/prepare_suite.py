@@ -61,6 +61,7 @@ class Pictures:
         return re.sub(r"\W", "_", self.suite)
 
     def features(self) -> Any:
+        """The fields of a record."""
         import tensorflow_datasets as tfds
 
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
@@ -68,10 +69,12 @@ class Pictures:
         return tfds.features.FeaturesDict({**fields, "captions": texts, "questions": texts})
 
     def samples(self, part: Part) -> Iterator[Picture]:
+        """The pictures of a part."""
         for key, told, _ in part.rows:
             yield Picture(key, self.images / key, json.loads(told))
 
     def record(self, sample: Picture) -> Written:
+        """The picture as it is in its file. Raises RecordError for one that cannot be used."""
         image, told = read_picture(sample.file, sample.key), sample.told
         open_image(image)
         questions = [json.dumps(question) for question in told["questions"]]
@@ -81,6 +84,7 @@ class Pictures:
         return Written(fields, image, image, json.dumps(told, sort_keys=True))
 
     def described(self) -> dict[str, Any]:
+        """What the records depend on."""
         source = {"path": str(self.source.absolute()), "files": self.files}
         return {"version": VERSION, "source": source, "options": {"suite": self.suite, "split": self.split}}
 

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vlkd_jax.data.builder import MANIFEST
 from vlkd_jax.data.images import open_image
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.sources import read_json
@@ -19,8 +20,6 @@ from vlkd_jax.evals.captioned import CaptionedImage, read_captioned
 from vlkd_jax.evals.files import NONE, place
 from vlkd_jax.evals.vqa_questions import read_asked
 from vlkd_jax.manifest import file_sha256
-
-MANIFEST = "manifest.json"
 
 
 def told_pictures(suite: ConfigDict) -> tuple[dict[str, dict[str, Any]], dict[str, str], Path]:

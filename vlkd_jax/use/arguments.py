@@ -9,8 +9,8 @@ from typing import Any
 from absl import flags
 
 from vlkd_jax.errors import UserError
+from vlkd_jax.evals.captioned import PICTURES
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 DECODING = ("method", "beams", "max_new_tokens", "returns", "seed")
 """Options of these commands that are `Decoding`'s fields."""
 AT_ONCE = 64
