@@ -105,6 +105,13 @@ SCORED = (
 SCORED_SUITES = ("vqav2", "okvqa", "caption", "nocaps", "xsum")
 SUITE = Option("suite", "SUITE", "|".join(SCORED_SUITES), kind="choice", required=True, choices=SCORED_SUITES)
 JSON = Option("json", "", "print one JSON object", kind="flag")
+PLANNED = Option(
+    "config",
+    "NAME",
+    "of training, as for vlkd train",
+    kind="config",
+    overrides="overrides a field; config.plan.clip and config.plan.bart stand for models that are not here",
+)
 MODEL = Option("model", "DIR", "an export, a run's workdir, or hf:OWNER/NAME", required=True)
 CHOSEN = (
     Option(
@@ -337,14 +344,7 @@ COMMANDS = {
         "or for the devices here (local): whether it fits, bytes a chip, operations, traffic, images/s at a stated "
         "share of the peak, chip-hours. Needs libtpu for a TPU. It takes minutes for large models.",
         options=(
-            Option(
-                "config",
-                "NAME",
-                "of training, as for vlkd train",
-                kind="config",
-                required=True,
-                overrides="overrides a field; config.plan.clip and config.plan.bart stand for models that are not here",
-            ),
+            dataclasses.replace(PLANNED, required=True),
             Option("topology", "NAME", "v5e:4x4, v4:2x2x4, v6e:4x4, ..., or local; with --sweep several, by commas"),
             Option("mesh", "AXES", "such as data=1,fsdp=16; default: the config's"),
             Option("utilisation", "SHARE", "of the chips' peak that is reached", kind="number", default=0.4),
@@ -465,13 +465,7 @@ COMMANDS = {
         "cache, and with a config at its mesh and what a step takes of the memory: a line each, with what to do. Under "
         "SLURM, Open MPI, in a JobSet or on a pod run it in every process, as the run.",
         options=(
-            Option(
-                "config",
-                "NAME",
-                "of training, as for vlkd train",
-                kind="config",
-                overrides="overrides a field; config.plan.clip and config.plan.bart stand for models that are not here",
-            ),
+            PLANNED,
             Option("workdir", "DIR", "of the run to come; default: this directory"),
             *PROCESSES,
             JSON,

@@ -231,13 +231,16 @@ def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) 
     return np.stack(_fill(rows, room))
 
 
+def _image_tokens(teacher: Clip, kind: str, params: Params, pixels: Array) -> Array:
+    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
+    return select_tokens(teacher.apply({"params": params}, normalised, method="encode_images"), kind)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _project_images(
     student: Student, teacher: Clip, image_tokens: str, params: Params, clip_params: Params, pixels: Array
 ) -> Memory:
-    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
-    output = teacher.apply({"params": clip_params}, normalised, method="encode_images")
-    tokens = select_tokens(output, image_tokens)
+    tokens = _image_tokens(teacher, image_tokens, clip_params, pixels)
     prefix = student.apply({"params": params}, tokens, method="image_prefix")
     bart = Bart(student.config, dtype=student.dtype)
     return project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
@@ -311,9 +314,7 @@ def _attention(
     target: Array,
 ) -> Array:
     """Mean weights [T, N] of one row."""
-    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
-    output = teacher.apply({"params": clip_params}, normalised, method="encode_images")
-    tokens = select_tokens(output, image_tokens)
+    tokens = _image_tokens(teacher, image_tokens, clip_params, pixels)
 
     def read(student: Student) -> Array:
         memory = student.memory(student.image_prefix(tokens), student.encode(source, mask), mask)

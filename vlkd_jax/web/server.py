@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import uvicorn
 from absl import flags
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
@@ -172,13 +172,57 @@ def create_app(model: VLKD, limits: Limits = Limits(), hosts: tuple[str, ...] = 
     gate, page = Gate(limits), (files("vlkd_jax.web") / "page.html").read_text(encoding="utf-8")
     app.add_middleware(BodyLimit, most=limits.picture_bytes + FORM_BYTES)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    _answer_faults(app)
     wrong = {code: {"model": Fault} for code in (400, 413, 422, 429, 503)}
+
+    def within_rate(request: Request) -> None:
+        gate.check_rate(request.client.host if request.client else "")
+
+    limited = [Depends(within_rate)]
 
     @app.middleware("http")
     async def with_headers(request: Request, call_next: Callable) -> Any:
         response = await call_next(request)
         response.headers.update(HEADERS)
         return response
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def index() -> str:
+        return page
+
+    @app.get("/api/model")
+    def about() -> dict[str, Any]:
+        """Which model answers, not where it lies, and what a request may cost."""
+        told = {name: value for name, value in model.identity.items() if name not in ("directory", "clip", "bart")}
+        return {"model": told, "limits": dataclasses.asdict(limits)}
+
+    @app.post("/api/caption", responses=wrong, dependencies=limited)
+    def caption(
+        image: Annotated[UploadFile, File(description="a picture")],
+        returns: Annotated[int, Form(ge=1, le=MOST_RETURNS)] = 1,
+    ) -> Captions:
+        """Captions of a picture, by beam search."""
+        picture = opened(image)
+        with gate.turn():
+            return Captions(captions=best(model.caption, picture, returns=returns))
+
+    @app.post("/api/ask", responses=wrong, dependencies=limited)
+    def ask(
+        image: Annotated[UploadFile, File(description="a picture")],
+        question: Annotated[str, Form(min_length=1, max_length=limits.question)],
+        returns: Annotated[int, Form(ge=1, le=MOST_RETURNS)] = 3,
+    ) -> Answers:
+        """Answers to a question about a picture, by beam search, and where the first one looked."""
+        picture = opened(image)
+        with gate.turn():
+            answers = best(model.answer, picture, question, returns=returns)
+            return Answers(answers=answers, attention=attended(model, picture, question, answers[0].text))
+
+    return app
+
+
+def _answer_faults(app: FastAPI) -> None:
+    """Whatever is wrong with a request is told as a `Fault`."""
 
     @app.exception_handler(HTTPException)
     async def told(request: Request, error: HTTPException) -> JSONResponse:
@@ -192,43 +236,6 @@ def create_app(model: VLKD, limits: Limits = Limits(), hosts: tuple[str, ...] = 
     @app.exception_handler(UserError)
     async def told_mistake(request: Request, error: UserError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 400)
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def index() -> str:
-        return page
-
-    @app.get("/api/model")
-    def about() -> dict[str, Any]:
-        """Which model answers, and what a request may cost."""
-        return {"model": model.identity, "limits": dataclasses.asdict(limits)}
-
-    @app.post("/api/caption", responses=wrong)
-    def caption(
-        request: Request,
-        image: Annotated[UploadFile, File(description="a picture")],
-        returns: Annotated[int, Form(ge=1, le=MOST_RETURNS)] = 1,
-    ) -> Captions:
-        """Captions of a picture, by beam search."""
-        gate.check_rate(request.client.host if request.client else "")
-        picture = opened(image)
-        with gate.turn():
-            return Captions(captions=best(model.caption, picture, returns=returns))
-
-    @app.post("/api/ask", responses=wrong)
-    def ask(
-        request: Request,
-        image: Annotated[UploadFile, File(description="a picture")],
-        question: Annotated[str, Form(min_length=1, max_length=limits.question)],
-        returns: Annotated[int, Form(ge=1, le=MOST_RETURNS)] = 3,
-    ) -> Answers:
-        """Answers to a question about a picture, by beam search, and where the first one looked."""
-        gate.check_rate(request.client.host if request.client else "")
-        picture = opened(image)
-        with gate.turn():
-            answers = best(model.answer, picture, question, returns=returns)
-            return Answers(answers=answers, attention=attended(model, picture, question, answers[0].text))
-
-    return app
 
 
 def opened(upload: UploadFile) -> Image.Image:
