@@ -128,7 +128,7 @@ def test_where_an_answer_looked(run, model):
     told = model.attention(path, question, answer)
     side = model.teacher.config.vision.image_size // model.teacher.config.vision.patch_size
     assert told.patches.shape == (len(told.tokens), side, side) and told.tokens[-1] == "</s>"
-    assert " ".join(told.tokens[:-1]).split() == answer.split() or len(told.tokens) > 1
+    assert "".join(told.tokens[:-1]).replace(" ", "") == answer.replace(" ", "") != ""
     read = told.patches.sum((1, 2)) + told.whole
     assert (read > 0).all() and (read < 1).all() and (told.patches >= 0).all()
     assert told.seen.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)

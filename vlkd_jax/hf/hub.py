@@ -1,6 +1,6 @@
 """Models by the id that they have on the Hugging Face hub: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
 
-Nothing but such a name makes this package use the network.
+Beside such a name and `upload`, only data/fetch.py makes this package use the network.
 """
 
 from __future__ import annotations
