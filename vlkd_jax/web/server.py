@@ -273,7 +273,9 @@ def bound(host: str, port: int) -> socket.socket:
         listener.listen(128)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"--host={host} --port={port}: {error}; name another, such as --port={port + 1}") from error
+        raise UserError(
+            f"--host={host} --port={port}: {error}; name another, such as --port=0, one that is free"
+        ) from error
     return listener
 
 
