@@ -2,6 +2,13 @@
 
 from ml_collections import ConfigDict
 
+PROMPTS = {
+    "question_encoder": "question: {question} answer: <mask>",
+    "question_decoder": "question: {question} answer:",
+    "caption_encoder": "a picture of <mask>",
+    "caption_decoder": "a picture of",
+}
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -86,6 +93,7 @@ def get_config() -> ConfigDict:
             "keep": 2,  # checkpoints
             "keep_teacher": "auto",  # copy clip and bart into the workdir: auto (if below 2 GiB) | yes | no
             "watchdog_seconds": 1800,  # a process that makes no step for so long ends with its threads' stacks; 0: off
+            "prompts": dict(PROMPTS),  # of VLKD and its exports; suites.py has those of evaluations
             "plan": {  # what vlkd plan takes where clip or bart is empty
                 "clip": "",  # vit_b32 | vit_b16 | vit_l14
                 "bart": "",  # base | large

@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     config.optim.lr_linears = 5e-3
     config.eval.every = 170
     config.save_every = 425
+    config.prompts.caption_encoder = "<mask>"  # behind words one mask stands for a short span: captions would end early
     return config

@@ -8,6 +8,7 @@ Prompts: the encoder reads the one with `<mask>`, the decoder is forced through 
 
 from ml_collections import ConfigDict
 
+from vlkd_jax.configs import base
 from vlkd_jax.errors import UserError
 
 DECODING = {  # see vlkd_jax/decoding/options.py
@@ -24,13 +25,13 @@ DECODING = {  # see vlkd_jax/decoding/options.py
     "seed": 0,
 }
 QUESTION = {
-    "question_encoder": "question: {question} answer: <mask>",
-    "question_decoder": "question: {question} answer:",
+    "question_encoder": base.PROMPTS["question_encoder"],
+    "question_decoder": base.PROMPTS["question_decoder"],
     "answer_tokens": 10,  # new tokens at most, </s> included
 }
 CAPTION = {
-    "caption_encoder": "a picture of <mask>",
-    "caption_decoder": "a picture of",
+    "caption_encoder": base.PROMPTS["caption_encoder"],
+    "caption_decoder": base.PROMPTS["caption_decoder"],
     "caption_tokens": 20,
 }
 SHAPES = {

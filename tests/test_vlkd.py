@@ -170,7 +170,7 @@ def test_saved_and_read_from_wherever_it_lies(run, model, tmp_path, monkeypatch)
         assert other.answer(path, QUESTIONS) == model.answer(path, QUESTIONS)
     with pytest.raises(UserError, match="no export and no run of training there"):
         VLKD.from_pretrained(tmp_path)
-    monkeypatch.setattr("vlkd_jax.vlkd.snapshot", {"hf:me/mine": tmp_path / "export"}.__getitem__)
+    monkeypatch.setattr("vlkd_jax.hf.hub.snapshot", {"hf:me/mine": tmp_path / "export"}.__getitem__)
     assert VLKD.from_pretrained("hf:me/mine").caption(path) == model.caption(path)
 
 

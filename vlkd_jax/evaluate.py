@@ -28,6 +28,7 @@ from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.data.builder import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.data.sources import counted, read_json
+from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, place
 from vlkd_jax.evals.runner import run_suite
@@ -45,10 +46,7 @@ from vlkd_jax.vlkd import VLKD
 METRICS = "metrics.json"
 
 TEMPLATES = {
-    "question_encoder": ("question",),
-    "question_decoder": ("question",),
-    "caption_encoder": (),
-    "caption_decoder": (),
+    **PROMPT_FIELDS,
     "summary_encoder": ("document",),
     "summary_decoder": (),
     "text_template": ("caption",),
@@ -80,17 +78,9 @@ def check_suites(suites: ConfigDict) -> None:
         for field, value in suites[name].items():
             for template in (value,) if isinstance(value, str) else value if field == "templates" else ():
                 if field in TEMPLATES:
-                    _check_template(f"--config.{name}.{field}", template, TEMPLATES[field])
+                    check_template(f"--config.{name}.{field}", template, TEMPLATES[field])
             if field.endswith("_tokens") and value < 1:
                 raise UserError(f"config.{name}.{field} is {value}; it must be at least 1")
-
-
-def _check_template(field: str, template: str, names: tuple[str, ...]) -> None:
-    try:
-        template.format(**{name: 1 if name == "image_id" else "why?" for name in names})
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
-        told = f"only {' and '.join(f'{{{name}}}' for name in names)} is filled in" if names else "nothing is filled in"
-        raise UserError(f"{field}={template!r}: {told} there; a brace that is meant is written twice") from e
 
 
 def read_items(suites: ConfigDict) -> dict[str, list[Item]]:
@@ -182,7 +172,7 @@ def _read_prompts(field: str, suite: ConfigDict) -> list[dict[str, str]]:
         if unknown := prompt.keys() - {"name", *fields}:
             raise UserError(f"{told}; {prompt['name']} has {min(unknown)}")
         for name in fields:
-            _check_template(f"{path}: {prompt['name']}: {name}", prompt.get(name, suite[name]), TEMPLATES[name])
+            check_template(f"{path}: {prompt['name']}: {name}", prompt.get(name, suite[name]), TEMPLATES[name])
     names = [prompt["name"] for prompt in prompts]
     if len(set(names)) < len(names):
         raise UserError(f"{told}; two are called {max(names, key=names.count)}")

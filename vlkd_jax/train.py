@@ -31,6 +31,7 @@ from vlkd_jax.configs import base
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import cache_key, text_lengths, train_sources, train_stream
 from vlkd_jax.data.teacher_cache import CachedPairs
+from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
 from vlkd_jax.identity import (
@@ -53,6 +54,7 @@ from vlkd_jax.workdir import claim, flatten
 
 MAY_CHANGE = (
     *("steps", "log_every", "save_every", "keep", "keep_teacher", "mesh", "watchdog_seconds"),
+    *(f"prompts.{name}" for name in PROMPT_FIELDS),
     *("data.threads", "data.workers", "data.max_unusable", "plan.clip", "plan.bart"),
     # their places: what lies there is compared by its hashes
     *("clip", "bart", "data.captions", "data.images", "data.directory", "data.teacher_cache"),
@@ -160,6 +162,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.optim.schedule is {config.optim.schedule!r}; it is one of constant, linear, cosine")
     if config.keep_teacher not in KEEP:
         raise UserError(f"config.keep_teacher is {config.keep_teacher!r}; it is one of {', '.join(KEEP)}")
+    for name, filled in PROMPT_FIELDS.items():
+        check_template(f"config.prompts.{name}", config.prompts[name], filled)
 
 
 def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,14 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import predict, processes, sharding
 from vlkd_jax.checkpoint import Checkpoints
-from vlkd_jax.config import HUB, with_defaults
-from vlkd_jax.configs.suites import CAPTION, QUESTION
+from vlkd_jax.config import BUILTIN, HUB, model_directory, with_defaults
+from vlkd_jax.configs.base import PROMPTS
 from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.hub import snapshot
 from vlkd_jax.hf.names import parameter_shapes
-from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_student_config
+from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_prompts, read_student_config
 from vlkd_jax.identity import (
     MODELS,
     hash_directory,
@@ -40,7 +40,7 @@ from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
 from vlkd_jax.predict import Scored
-from vlkd_jax.runs import load_run
+from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
@@ -48,6 +48,9 @@ from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Params
 from vlkd_jax.use.given import Picture, Pictures, decoding_of, is_picture, open_picture, paired, picture_list
 from vlkd_jax.workdir import CONFIG_FILE
+
+BUILTIN_STUDENT = f"{BUILTIN}shapes/student"
+"""Trained by `launch/demo.sh`."""
 
 
 class Attended(NamedTuple):
@@ -84,6 +87,7 @@ class VLKD:
       configs: "bart" and "clip", as their directories have them.
       mesh: the devices that hold the parameters; batches are spread over them.
       config: what an export says of the student; None where there is only a BART.
+      prompts: of questions and captions, `config.prompts` of the training run; others by `dataclasses.replace`.
       identity: where it comes from: {"directory", "step", "sha256" of the checkpoint, "inputs": sha256 of the files it
         began with, "preprocessing_sha256" of how pictures become pixels}.
     """
@@ -99,10 +103,19 @@ class VLKD:
     clip_params: Params | None = None
     clip_text: ClipText | None = None
     config: StudentConfig | None = None
+    prompts: dict[str, str] = dataclasses.field(default_factory=lambda: dict(PROMPTS))
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, task: Task, params: Params, frozen: Frozen, mesh: Mesh, identity: dict[str, Any] | None = None) -> VLKD:
+    def of(
+        cls,
+        task: Task,
+        params: Params,
+        frozen: Frozen,
+        mesh: Mesh,
+        identity: dict[str, Any] | None = None,
+        prompts: Mapping[str, str] = PROMPTS,
+    ) -> VLKD:
         """What a task trains, with these parameters on `mesh`: a student, or the BART of a text-only task.
 
         Raises:
@@ -124,23 +137,28 @@ class VLKD:
             clip_params=frozen["clip"],
             clip_text=task.encoder.clip_text,
             config=task.student,
+            prompts=dict(prompts),
             **common,
         )
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, mesh: Mesh | None = None) -> VLKD:
+    def from_pretrained(cls, name: str | Path | None = None, mesh: Mesh | None = None) -> VLKD:
         """The student that lies somewhere, ready to be used.
 
         Args:
           name: a directory that `vlkd export` wrote, the workdir of a training run, or `hf:OWNER/NAME`, an export on
-            the Hugging Face hub, which is then downloaded.
+            the Hugging Face hub, which is then downloaded. None: the student that comes with the package, which knows
+            pictures of coloured shapes and nothing else; a line on standard error says so.
           mesh: the devices to use, as `sharding.make_mesh` gives them; default: one.
 
         Raises:
           UserError: nothing of these there, or a file that cannot be used.
         """
-        if isinstance(name, str) and name.startswith(HUB):
-            return cls.from_export(snapshot(name), mesh)
+        if name is None:
+            name = BUILTIN_STUDENT
+            print(f"no model given: taking {name}, which knows pictures of coloured shapes alone", file=sys.stderr)
+        if isinstance(name, str) and name.startswith((HUB, BUILTIN)):
+            name = model_directory(name)
         if is_student(name):
             return cls.from_export(name, mesh)
         if not (locate(name) / CONFIG_FILE).is_file():
@@ -181,7 +199,8 @@ class VLKD:
         if not at_start:
             with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
                 identity["sha256"] = processes.on_first(functools.partial(checkpoints.sha256, step))
-        return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity)
+        prompts = run_config(directory).prompts
+        return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity, prompts)
 
     @classmethod
     def from_pair(cls, clip: str | Path, bart: str | Path, mesh: Mesh | None = None, seed: int = 0) -> VLKD:
@@ -224,6 +243,7 @@ class VLKD:
             clip_params=params["clip"],
             clip_text=clip_text,
             config=config,
+            prompts=read_prompts(directory),
             identity={
                 "directory": os.fspath(directory.absolute()),
                 "inputs": {"export": hash_directory(directory)},
@@ -264,7 +284,7 @@ class VLKD:
         return said[0] if one else said
 
     def caption(self, images: Pictures, *, scores: bool = False, **options: Any) -> Any:
-        """Zero-shot captions of pictures, without the prompt `a picture of`.
+        """Zero-shot captions of pictures, without their prompt.
 
         >>> model.caption("photo.jpg", method="beam", beams=5, returns=3)
         ['a red car on a street', 'a red car', 'a car that is parked']
@@ -432,13 +452,13 @@ class VLKD:
 
     def _requests(self, pictures: list[Picture], fields: list[dict], name: str) -> Iterator[predict.Request]:
         """Prompts about pictures; what is one object several times in a row is opened once."""
-        prompts = {"question": QUESTION, "caption": CAPTION}[name]
         last, opened = None, None
         for number, (picture, values) in enumerate(zip(pictures, fields, strict=True)):
             if number == 0 or picture is not last:
                 last, opened = picture, open_picture(picture)
             source, prefix = (
-                self.bart_text.encode_template(prompts[f"{name}_{part}"], **values) for part in ("encoder", "decoder")
+                self.bart_text.encode_template(self.prompts[f"{name}_{part}"], **values)
+                for part in ("encoder", "decoder")
             )
             yield predict.Request(source, prefix, opened, draw=number)
 

@@ -6,11 +6,37 @@ characters, and `<s>`, `</s>` and `<mask>` are added as ids.
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import numpy as np
 
 from vlkd_jax.errors import UserError
+
+PROMPT_FIELDS = {
+    "question_encoder": ("question",),
+    "question_decoder": ("question",),
+    "caption_encoder": (),
+    "caption_decoder": (),
+}
+"""Prompts, and what is filled into each."""
+
+
+def check_template(field: str, template: str, names: tuple[str, ...]) -> None:
+    """Raises UserError naming `field` where something else than `names` would be filled into its template."""
+    try:
+        filled = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        template.format(**{name: 1 if name == "image_id" else "why?" for name in names})
+        unknown = set(filled) - set(names)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
+        raise _wrong_template(field, template, names) from e
+    if unknown:  # {question.attribute}
+        raise _wrong_template(field, template, names)
+
+
+def _wrong_template(field: str, template: str, names: tuple[str, ...]) -> UserError:
+    told = f"only {' and '.join(f'{{{name}}}' for name in names)} is filled in" if names else "nothing is filled in"
+    return UserError(f"{field}={template!r}: {told} there; a brace that is meant is written twice")
 
 
 class BartText:

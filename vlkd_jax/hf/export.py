@@ -18,11 +18,11 @@ from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.configs.suites import CAPTION, QUESTION
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.hf.card import model_card
+from vlkd_jax.hf.load import PROCESSOR
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
-from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, save_student
+from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, processor_values, save_student
 from vlkd_jax.metrics import say
 from vlkd_jax.runs import run_config
 from vlkd_jax.storage import write_atomic
@@ -31,11 +31,6 @@ from vlkd_jax.workdir import new_directory
 
 RUN = "vlkd_run.json"
 """What an export says of the run it came from: {"config", "identity", "command"}."""
-PROCESSOR = {
-    "processor_class": "VLKDProcessor",
-    "auto_map": {"AutoProcessor": f"{MODELING}.VLKDProcessor"},
-    **{name: text for name, text in {**QUESTION, **CAPTION}.items() if isinstance(text, str)},
-}
 
 
 def export(
@@ -64,7 +59,7 @@ def export(
     save_bart(output / "bart", model.config.bart, params["student"]["bart"], dtype)
     copy_tokenizer(parents["bart"], output / "bart")
     shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), output / f"{MODELING}.py")
-    write_json(output / "processor_config.json", PROCESSOR)
+    write_json(output / PROCESSOR, processor_values(model.prompts))
     write_json(output / RUN, {"config": run or {}, "identity": model.identity, "command": command})
     card = model_card(model.config, run or {}, parents, command, evaluation)
     write_atomic(output / "README.md", card.encode())

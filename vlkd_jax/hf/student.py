@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import names
-from vlkd_jax.hf.load import CONFIG, INDEX, WEIGHTS, assemble, read_json, read_preprocessing
+from vlkd_jax.hf.load import CONFIG, INDEX, PROCESSOR, WEIGHTS, assemble, read_json, read_preprocessing
 from vlkd_jax.hf.save import DTYPES, generation_values, write_json, write_tensors
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 from vlkd_jax.models.vlkd import HIDDEN, StudentConfig
@@ -47,6 +49,27 @@ def config_values(config: StudentConfig, token_count: int, dtype: str) -> dict[s
         "start_token_ids": [config.bart.decoder_start_token_id, config.bart.bos_token_id],
         **{name: getattr(config, name) for name in CHOICES},
     }
+
+
+def processor_values(prompts: Mapping[str, str]) -> dict[str, Any]:
+    """processor_config.json of a student with these prompts."""
+    return {
+        "processor_class": "VLKDProcessor",
+        "auto_map": {"AutoProcessor": f"{MODELING}.VLKDProcessor"},
+        **prompts,
+    }
+
+
+def read_prompts(directory: str | Path) -> dict[str, str]:
+    """The prompts of an exported student. Raises UserError when there are none that can be used."""
+    path = Path(directory) / PROCESSOR
+    values = read_json(path)
+    prompts = {name: values.get(name) if isinstance(values, dict) else None for name in PROMPT_FIELDS}
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, str):
+            raise UserError(f"{path}: {name} is {prompt!r}; it must be a prompt, as vlkd export writes them")
+        check_template(f"{path}: {name}", prompt, PROMPT_FIELDS[name])
+    return prompts
 
 
 def save_student(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import flax.traverse_util
@@ -21,6 +23,7 @@ from absl import flags
 from vlkd_jax.commands import Command, Option
 from vlkd_jax.config import model_directory
 from vlkd_jax.entry import run
+from vlkd_jax.hf.export import RUN
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
@@ -30,6 +33,7 @@ from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesTexts
 from vlkd_jax.types import Params
+from vlkd_jax.vlkd import VLKD
 from vlkd_jax.workdir import output_directory
 
 CLIP_POSITIONS = 32
@@ -174,6 +178,14 @@ def export_models(output: Path, runs: Path) -> None:
         copy_tokenizer(model_directory(config[name]), output / name)
 
 
+def export_student(output: Path, run: Path) -> None:
+    """Writes the student of a training run in float16, without what only PyTorch and people read, to `output`."""
+    with tempfile.TemporaryDirectory() as folder:
+        VLKD.from_run(run).save_pretrained(Path(folder) / "whole", "float16")
+        others = shutil.ignore_patterns("bart", "*.py", "*.md", RUN)
+        shutil.copytree(Path(folder) / "whole", output, ignore=others, dirs_exist_ok=True)
+
+
 COMMAND = Command(
     module="vlkd_jax.shapes.make_models",
     summary="make the models of the built-in world",
@@ -182,6 +194,7 @@ COMMAND = Command(
     options=(
         Option("output", "DIR", "directory that receives clip/ and bart/", required=True),
         Option("runs", "RUNS", "directory of the training runs clip/ and bart/; without it, random weights"),
+        Option("student", "RUN", "a demo's training run: the student that the package brings is made of it instead"),
         Option("seed", "N", "of the corpus and of the random weights", kind="integer", default=0, minimum=0),
     ),
     example="--output=runs/shapes_models/init",
@@ -191,6 +204,10 @@ COMMAND = Command(
 def main() -> None:
     """Entry point."""
     output = output_directory(flags.FLAGS.output, "--output")
+    if flags.FLAGS.student:
+        export_student(output / "student", Path(flags.FLAGS.student))
+        say(f"wrote {output}/student")
+        return
     if flags.FLAGS.runs:
         export_models(output, Path(flags.FLAGS.runs))
     else:
