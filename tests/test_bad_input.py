@@ -108,7 +108,7 @@ def flag_cases(assets, place):
         "no such file": Case(["--config=configs/shapes_vlkd.py.py", "--workdir=x"], ["configs/shapes_vlkd.py.py"]),
         "no such name": Case(["--config", "shapes_vlk", "--workdir=x"], ["shapes_vlk:", "--config=shapes_vlkd"]),
         "no name at all": Case(
-            ["-config=", "--workdir=x"],
+            ["--config=", "--workdir=x"],
             ["base, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, shapes_bart", "FILE.py"],
         ),
         "no such built-in model": Case(
@@ -273,4 +273,4 @@ def test_help_and_entry_points_without_arguments(tmp_path):
     assert done.returncode == 0 and "--config" in done.stdout and "Traceback" not in done.stderr
     for name, flag in (("hf.random", "--clip_tokenizer"),):
         done = command_line(name, [])
-        assert done.returncode == 2 and re.fullmatch(rf"error: missing {flag}=.*\n", done.stderr)
+        assert done.returncode == 2 and re.fullmatch(rf"error: Missing option \'{flag}\'.*\n", done.stderr)

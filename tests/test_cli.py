@@ -2,8 +2,7 @@
 
 import importlib.util
 import json
-import re
-import runpy
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,13 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
-from absl import flags
 from tiny import ROOT, environment
 
 from vlkd_jax import cli, completion, entry
-from vlkd_jax.commands import COLUMNS, COMMANDS, overview, usage
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.hf import random
+from vlkd_jax.options import COLUMNS
 from vlkd_jax.shapes import make_models
 
 HEAVY = ("jax", "flax", "numpy", "absl", "orbax", "transformers")
@@ -35,8 +35,8 @@ def test_help_imports_nothing_heavy(argv):
     code = f"import sys; from vlkd_jax.cli import main; main({argv}); print(*sys.modules)"
     done = run(command=("-c", code))
     assert done.returncode == 0, done.stderr
-    text, _, modules = done.stdout.strip().rpartition("\n")
-    assert text.startswith("usage: vlkd ") and "example: vlkd " in text
+    told, _, modules = done.stdout.strip().rpartition("\n")
+    assert told.startswith("Usage: vlkd ") and "\n  vlkd " in told.replace("Example: ", "\n  ")
     assert not set(HEAVY) & set(modules.split())
 
 
@@ -45,16 +45,18 @@ def test_version_and_an_unknown_command():
     assert (done.returncode, done.stdout) == (0, f"vlkd {version('vlkd_jax')}\n")
     done = run("trian", "--config=x")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown command 'trian'; did you mean train? (vlkd --help)\n"
+    assert done.stderr == "error: No such command 'trian'. Did you mean 'train'? (vlkd --help)\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        ([], f"no command given; it is one of {', '.join(COMMANDS)}"),
-        (["evaluation"], "did you mean evaluate?"),
-        (["xyz"], f"it is one of {', '.join(COMMANDS)}"),
-        (["--workdir=x"], "unknown command '--workdir=x'"),
+        ([], "Missing command. (vlkd --help)"),
+        (["evaluation"], "Did you mean 'evaluate'?"),
+        (["xyz"], "No such command 'xyz'. (vlkd --help)"),
+        (["--workdir=x"], "No such option '--workdir'. (vlkd --help)"),
+        (["ask", "--modle=x", "a.png", "what?"], "'--model'?) (vlkd ask --help)"),
+        (["serve", "--port=x"], "'x' is not a valid integer range. (vlkd serve --help)"),
     ],
 )
 def test_refusals_are_one_line(argv, told, capsys):
@@ -65,77 +67,68 @@ def test_refusals_are_one_line(argv, told, capsys):
     assert err.startswith("error: ") and told in err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_runs_its_module_as_main(command, monkeypatch):
-    calls = []
-    monkeypatch.setattr(runpy, "run_module", lambda name, **options: calls.append((name, options, sys.argv)))
-    monkeypatch.setattr(sys, "argv", ["vlkd"])
-    cli.main([command, "--workdir=x", "--seed=1"])
-    [(name, options, argv)] = calls
-    assert (name, options["run_name"]) == (COMMANDS[command].module, "__main__")
-    assert argv[1:] == ["--workdir=x", "--seed=1"]
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_runs_its_module(command, monkeypatch):
+    """With the values of its example; those of a config are ml_collections'."""
+    executed = []
+    monkeypatch.setattr(entry, "execute", lambda main, context: executed.append((main, context)))
+    cli.main([command.name, *shlex.split(command.example)])
+    [(main, context)] = executed
+    assert main.__module__ == command.module and context.command_path == f"vlkd {command.name}"
+    for word in shlex.split(command.example):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            assert word in context.params.values() or any(
+                word in values for values in context.params.values() if values
+            )
+        elif not name.startswith("config."):
+            assert str(context.params[name]) == value if equals else context.params[name] is True
+    assert context.args == [word for word in shlex.split(command.example) if word.startswith("--config.")]
 
 
 PROGRAMS = {**COMMANDS, "make_models": make_models.COMMAND, "random": random.COMMAND}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_and_flags_tell_the_same(name):
-    """Each option is told unless hidden, with its default and whether it is required."""
+def test_help_tells_every_option_and_an_example(name):
     command = PROGRAMS[name]
     assert importlib.util.find_spec(command.module)
-    values = flags.FlagValues()
-    entry.define(command.options, values)
-    text = usage(command, "PROGRAM")
-    arguments = [option.name for option in command.options if option.kind == "argument"]
-    told = dict(re.findall(r"^  --([\w.]+)(?:=\S+)?  +(\S.*)$", text, re.MULTILINE))
-    several = [option.name for option in command.options if option.kind == "arguments"]
-    for option in (option for option in command.options if option.name in (*arguments, *several)):
-        dots = re.escape("..." if option.name in several else "")
-        told[option.name] = re.search(rf"^  {re.escape(option.value)}{dots}  +(\S.*)$", text, re.MULTILINE)[1]
-    hidden = {option.name for option in command.options if option.hidden}
-    assert set(told) - {"config.FIELD"} == set(values) - hidden
-    assert ("config.FIELD" in told) == ("config" in values)
-    for option in command.options:
-        if option.hidden:
-            assert option.name not in text and not option.required
-            continue
-        if option.kind == "flag":
-            assert values[option.name].default is False and f"[--{option.name}]" in text and not option.required
-            continue
-        assert values[option.name].default == option.default
-        assert told[option.name].endswith("(required)") == option.required
-        assert (f"(default {option.default})" in told[option.name]) == (option.default is not None)
-        if option.name not in (*arguments, *several):
-            assert (f"[--{option.name}=" in text) != option.required
-    given = set(re.findall(r"--(\w+)[=.]", command.example))
-    required = {option.name for option in command.options if option.required}
-    assert given <= set(values) and given >= required - {*arguments, *several}
-    words = [word for word in shlex.split(command.example) if not word.startswith("--")]
-    assert len(words) > len(arguments) if several else len(words) == len(arguments)
-    assert all(len(line) <= COLUMNS for line in text.splitlines())
+    told = command.get_help(click.Context(command, info_name="PROGRAM", terminal_width=COLUMNS))
+    for option in command.params:
+        spelled = option.metavar if isinstance(option, click.Argument) else f"--{option.name}"
+        if not getattr(option, "hidden", False) and option.expose_value:
+            assert spelled in told and (isinstance(option, click.Argument) or option.help)
+    assert ("--config.FIELD VALUE" in told) == command.takes_config
+    for option in command.params:
+        if isinstance(option, click.Argument):  # click gives arguments no help of their own
+            assert option.metavar.rstrip(".").partition("|")[0] in command.help
+    assert f"PROGRAM {command.example}\n" in told
 
 
 def test_only_the_demo_hides_an_option():
-    assert [o.name for command in PROGRAMS.values() for o in command.options if o.hidden] == ["setup_seconds"]
+    hidden = [o.name for command in PROGRAMS.values() for o in command.params if getattr(o, "hidden", False)]
+    assert hidden == ["setup_seconds"]
 
 
 def test_the_list_of_commands():
+    """In the order of a user's work, each with its whole summary where there is room."""
+    told = cli.PROGRAM.get_help(click.Context(cli.PROGRAM, info_name="vlkd", terminal_width=COLUMNS)).splitlines()
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    assert set(lines) < set(overview().splitlines())
+    rows = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    first = told.index(rows[0])
+    assert told[first : first + len(rows)] == rows
 
 
 def test_the_real_entry_point_answers():
     done = run("evaluate", "--config=suites:shapes", "--checkpoint=nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: missing --workdir=...; see --help\n"
+    assert done.stderr == "error: Missing option '--workdir'. (vlkd evaluate --help)\n"
 
 
 def test_help_of_a_module_is_that_of_its_command():
     done = run("--help", command=("-m", "vlkd_jax.train"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == usage(COMMANDS["train"], "python -m vlkd_jax.train") + "\n"
+    assert done.stdout == run("train", "--help").stdout.replace("vlkd train", "python -m vlkd_jax.train")
 
 
 TINY_RUN = [
@@ -261,7 +254,7 @@ def test_the_demo_of_a_wheel_starts(from_wheel):
 COMPLETE = """
 eval "$1"
 COMP_WORDS=({words}) COMP_CWORD={number}
-_vlkd 2>/dev/null
+_vlkd_completion vlkd
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
@@ -272,20 +265,22 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         (["vlkd", "ev"], ["evaluate"]),
         (["vlkd", "prepare-"], ["prepare-suite"]),
         (["vlkd", "ask", "--sc"], ["--scores"]),
-        (["vlkd", "caption", "--method=b"], ["--method=beam"]),
+        (["vlkd", "caption", "--method", "b"], ["beam"]),
+        (["vlkd", "train", "--config.F"], ["--config.FIELD"]),
         (["vlkd", "nonsense", "--h"], ["--help"]),
     ],
 )
 def test_completion_in_bash(words, expected):
-    """By bash itself; what is completed is what the commands have."""
+    """By bash itself and the installed command; what is completed is what the commands have."""
     script = COMPLETE.format(words=" ".join(words), number=len(words) - 1)
-    done = subprocess.run(["bash", "-c", script, "bash", completion.script("bash")], capture_output=True, text=True)
-    assert done.stdout.split() == expected, done.stderr
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", script, "bash", completion.script("bash")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment() | {"PATH": path})
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, expected, "")
 
 
-def test_completion_knows_every_command():
-    done = run("completion", "bash")
-    assert done.returncode == 0 and done.stdout == completion.script("bash")
-    assert all(f"    {name}) options=" in done.stdout for name in COMMANDS) and "setup_seconds" not in done.stdout
-    assert run("completion", "fish").stderr == "error: no completion for fish; it is one of bash, zsh\n"
-    assert completion.script("zsh").startswith('# eval "$(vlkd completion zsh)"')
+def test_completion_of_three_shells():
+    for shell, file in completion.SHELLS.items():
+        done = run("completion", shell)
+        assert done.returncode == 0 and done.stdout == completion.script(shell) + "\n" and file in done.stdout
+    assert run("completion", "tcsh").stderr == "error: no completion for tcsh; it is one of bash, zsh, fish\n"

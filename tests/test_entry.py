@@ -1,6 +1,5 @@
 """How a program ends: one line and a documented exit code for what the user can mend, a traceback for the rest."""
 
-import dataclasses
 import errno
 import os
 import subprocess
@@ -8,20 +7,19 @@ import sys
 import threading
 
 import pytest
-from absl import flags
 from tiny import environment
 
 from vlkd_jax import entry
-from vlkd_jax.commands import Command, Option
 from vlkd_jax.errors import UserError
+from vlkd_jax.options import Command, argument, choice, flag, integer, text
 
-PROGRAM = Command("program", "", "Does nothing.", (), "")
+PROGRAM = Command("program", "program", "", "Does nothing.")
 
 
 def ending(capsys, error):
     """(exit code, standard error) of a program whose main raises `error`."""
 
-    def main():
+    def main(_):
         raise error
 
     with pytest.raises(SystemExit) as caught:
@@ -44,37 +42,44 @@ def test_exit_codes(capsys, monkeypatch):
 
 
 def test_a_program_that_succeeds_just_returns(capsys):
-    assert entry.run(lambda: None, PROGRAM, argv=["program"]) is None
+    assert entry.run(lambda _: None, PROGRAM, argv=["program"]) is None
     with pytest.raises(SystemExit):
-        entry.run(lambda: None, PROGRAM, argv=["program", "stray"])
+        entry.run(lambda _: None, PROGRAM, argv=["program", "stray"])
     assert "stray" in capsys.readouterr().err
 
 
-def test_every_kind_of_option():
+def test_every_kind_of_option(capsys):
     options = (
-        Option("text", "TEXT", "words"),
-        Option("count", "N", "how many", kind="integer", default=3, minimum=1),
-        Option("share", "X", "how much", kind="number", default=0.5, minimum=0),
-        Option("size", "SIZE", "how large", kind="choice", default="base", choices=("base", "tiny")),
-        Option("all_of_it", "", "whole", kind="flag"),
-        Option("place", "PLACE", "where", kind="argument"),
+        text("text", "TEXT", "words"),
+        integer("count", "N", "how many", default=3, minimum=1),
+        choice("size", "how large", ("base", "tiny"), default="base"),
+        flag("all_of_it", "whole"),
+        argument("places", "PLACE", several=True),
     )
-    values = flags.FlagValues()
-    entry.define(options, values)
-    values(["program"])
-    assert (values.text, values.count, values.share, values.size) == (None, 3, 0.5, "base")
-    assert (values.all_of_it, values.place) == (False, None)
-    for wrong in ("--count=0", "--count=x", "--share=-1", "--size=large"):
-        with pytest.raises(flags.IllegalFlagValueError):
-            values(["program", wrong])
-    with pytest.raises(ValueError, match="--text is of unknown kind 'words'"):
-        entry.define([Option("text", "TEXT", "words", kind="words")], flags.FlagValues())
+    program, given = Command("program", "program", "", "", options), []
+    entry.run(given.append, program, argv=["program", "a", "b"])
+    entry.run(given.append, program, argv=["program", "a", "--count=4", "--all-of-it", "b", "--text", "x y"])
+    default = {"text": None, "count": 3, "size": "base", "all_of_it": False, "places": ("a", "b")}
+    assert [vars(values) for values in given] == [default, default | {"count": 4, "all_of_it": True, "text": "x y"}]
+    for wrong in ("--count=0", "--count=x", "--size=large", "--text="):
+        with pytest.raises(SystemExit) as caught:
+            entry.run(given.append, program, argv=["program", "a", wrong])
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        assert wrong.partition("=")[0] in err
+    with pytest.raises(SystemExit):
+        entry.run(given.append, program, argv=["program"])
+    assert "PLACE" in capsys.readouterr().err
 
 
-def test_help_is_told_before_flags_are_read(capsys):
-    program = dataclasses.replace(PROGRAM, options=(Option("text", "TEXT", "words", required=True),))
-    entry.run(lambda: pytest.fail("it ran"), program, argv=["program", "--unknown", "-h"])
-    assert capsys.readouterr().out.startswith("usage: python -m program --text=TEXT\n\nDoes nothing.\n")
+def test_help_is_told_before_anything_is_required(capsys):
+    program = Command(
+        "program", "program", "", "Does nothing.", (text("text", "TEXT", "words", required=True),), "--text=x"
+    )
+    entry.run(lambda _: pytest.fail("it ran"), program, argv=["program", "-h"])
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: python -m program [OPTIONS]\n\n  Does nothing.\n")
+    assert "Example:\n  python -m program --text=x\n" in out and "Exit codes:\n  0 done" in out
 
 
 def test_threads_that_read_ahead_do_not_keep_it_alive(capsys, monkeypatch):
@@ -126,14 +131,14 @@ def test_paths_that_the_system_refuses_are_one_line(capsys, monkeypatch):
 PRINTS = """
 import sys
 from vlkd_jax import entry
-from vlkd_jax.commands import Command
 from vlkd_jax.metrics import say
+from vlkd_jax.options import Command
 
-def main():
+def main(_):
     for k in range(int(sys.argv[1])):
         say("caf" + chr(233))
 
-entry.run(main, Command("program", "", "", (), ""), argv=["program"])
+entry.run(main, Command("program", "", "", ""), argv=["program"])
 """
 
 

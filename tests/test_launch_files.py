@@ -18,8 +18,9 @@ from test_processes import endings, port, running  # noqa: F401  # port is a fix
 from tiny import ROOT, arguments, environment
 
 from vlkd_jax import cluster
-from vlkd_jax.commands import COMMANDS, EXIT_CODES
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import base
+from vlkd_jax.options import EXIT_CODES
 from vlkd_jax.runs import load_run
 
 LAUNCH = ROOT / "launch"
@@ -53,7 +54,7 @@ def program(directory: Path, name: str, text: str) -> None:
 def check_vlkd(argv: list[str]) -> None:
     """Every option is one of the command, every field one of the configs."""
     command, *options = argv
-    names = {option.name for option in COMMANDS[command].options}
+    names = {option.name for option in COMMANDS[command].params}
     for option in options:
         name, equals, _ = option.removeprefix("--").partition("=")
         assert equals, option

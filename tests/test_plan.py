@@ -282,7 +282,7 @@ def test_a_sweep_is_a_table():
         ({"objective": "bart_denoise"}, "only vlkd is planned"),
     ],
 )
-def test_mistakes(changes, message, monkeypatch, assets):
+def test_mistakes(changes, message, assets):
     """One line each, before anything is compiled."""
     values = {
         "topology": "local",
@@ -293,9 +293,8 @@ def test_mistakes(changes, message, monkeypatch, assets):
         "rows": None,
     } | changes
     config = tiny_config(assets, objective=values.pop("objective", "vlkd"))
-    monkeypatch.setattr(plan.flags, "FLAGS", SimpleNamespace(config=config, **values))
     with pytest.raises(UserError, match=message):
-        plan.main()
+        plan.main(SimpleNamespace(config=config, **values))
 
 
 def test_models_that_are_not_named(assets):

@@ -25,10 +25,10 @@ from vlkd_jax.errors import UserError
 PROGRAM = """
 import os, signal, sys, time
 import numpy as np
-from absl import flags
 from vlkd_jax import entry, processes, runtime
-from vlkd_jax.commands import PROCESSES, Command, Option
+from vlkd_jax.commands import COMMANDS, PROCESSES
 from vlkd_jax.errors import UserError
+from vlkd_jax.options import Command, text
 
 
 def payload(process, size):
@@ -88,7 +88,7 @@ def loop(index):
 
 def mistake(index):
     try:
-        processes.on_first(lambda: entry.parse(["program", "--unknown"]))
+        processes.on_first(lambda: entry.read_values(COMMANDS["train"].make_context("program", GIVEN)))
     finally:
         time.sleep(0.7 * index)
 
@@ -100,17 +100,20 @@ def fault(index):
     loop(index)
 
 
-def main():
+GIVEN = ["--config=shapes_vlkd", "--workdir=x", "--unknown"]
+
+
+def main(values):
     import jax
     index = jax.process_index()
     assert runtime.process_index() == index and jax.device_count() == 8 == 2 * jax.local_device_count()
     print("met", index, flush=True)
-    for name in flags.FLAGS.tasks.split(","):
+    for name in values.tasks.split(","):
         globals()[name](index)
 
 
-tasks = Option("tasks", "NAMES", "what to do", default="tell")
-entry.run(main, Command("program", "", "", (*PROCESSES, tasks), ""), argv=["program", *sys.argv[2:]])
+tasks = text("tasks", "NAMES", "what to do", default="tell")
+entry.run(main, Command("program", "", "", "", (*PROCESSES, tasks)), argv=["program", *sys.argv[2:]])
 """
 SECONDS = 5
 """For which the watchdog waits here."""
@@ -190,7 +193,7 @@ def test_a_mistake_that_all_know_of_is_one_line_in_each(port):
     with running(*by_flags(port, "mistake")) as started:
         (code, _, err), (other_code, _, other_err) = endings(started)
     assert (code, other_code) == (2, 2)
-    assert err.startswith("error: Unknown command line flag 'unknown'") and err.count("\n") == 1
+    assert err.startswith("error: no such option --unknown") and err.count("\n") == 1
     assert other_err == err.replace("error: ", "error: process 0: ")
 
 

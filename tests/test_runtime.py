@@ -17,7 +17,8 @@ import pytest
 from tiny import ROOT, arguments, environment, tiny_config
 
 from vlkd_jax import runtime
-from vlkd_jax.commands import COMMANDS, EXIT_CODES
+from vlkd_jax.commands import COMMANDS
+from vlkd_jax.options import EXIT_CODES
 from vlkd_jax.train import train
 
 STEPS = 40

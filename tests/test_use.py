@@ -74,7 +74,7 @@ def test_embeddings(place, model, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "told"),
     [
-        ("caption", ["--model=x"], "missing IMG; see --help"),
+        ("caption", ["--model=x"], "Missing argument 'IMG...'."),
         ("caption", ["0.png", "--model=nowhere"], "nowhere: no export and no run of training there"),
         ("ask", ["is it?", "--model=x"], "no picture given; for example: vlkd ask photo.jpg"),
         ("ask", ["gone.png", "is it?", "--model=x"], "gone.png: no such picture"),

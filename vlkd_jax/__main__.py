@@ -2,4 +2,5 @@
 
 from vlkd_jax.cli import main
 
-main()
+if __name__ == "__main__":  # worker processes of the data pipeline import this file again
+    main()

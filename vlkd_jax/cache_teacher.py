@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from vlkd_jax import compression, processes, sharding
@@ -298,9 +298,8 @@ def _finish(layout: Layout, plan: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     output = Path(values.output)
     manifest = cache_teacher(values.config, output, values.dtype)
     if values.json:

@@ -10,10 +10,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -191,16 +191,15 @@ def table(results: dict[str, dict[str, dict[str, Any]]], a: Path, b: Path) -> st
     return "\n".join([*lines, f"{told}; CIDEr's document frequencies are those of all references"])
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     a, b = Path(values.a), Path(values.b)
     if bool(values.suite) != bool(values.annotations):
         raise UserError("--suite and --annotations belong together: they tell what two files of predictions answer")
     for path in (a, b):
         if not path.exists():
             raise UserError(f"{path}: not there")
-    results = compare_paths(a, b, files_given(a) if values.suite else None)
+    results = compare_paths(a, b, files_given(a, values) if values.suite else None)
     tell(json.dumps(results, indent=1) if values.json else table(results, a, b))
 
 

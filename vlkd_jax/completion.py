@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-from absl import flags
+from types import SimpleNamespace
+
+from click.shell_completion import get_completion_class
 
 from vlkd_jax import entry
-from vlkd_jax.commands import COMMANDS, Command
+from vlkd_jax.cli import PROGRAM
+from vlkd_jax.commands import COMMANDS
 from vlkd_jax.errors import UserError
+from vlkd_jax.runtime import tell
 
-BASH = """\
-# eval "$(vlkd completion bash)" in ~/.bashrc
-_vlkd() {{
-  local word="${{COMP_WORDS[COMP_CWORD]}}" options=""
-  COMPREPLY=()
-  if ((COMP_CWORD == 1)); then
-    COMPREPLY=($(compgen -W "{names} --help --version" -- "$word"))
-    return
-  fi
-  case "${{COMP_WORDS[1]}}" in
-{cases}
-  esac
-  if [[ $word == -* ]]; then
-    COMPREPLY=($(compgen -W "$options --help" -- "$word"))
-    [[ ${{#COMPREPLY[@]}} != 1 || ${{COMPREPLY[0]}} != *= ]] || compopt -o nospace
-  else
-    compopt -o default
-  fi
-}}
-complete -F _vlkd vlkd
-"""
-ZSH = """\
-# eval "$(vlkd completion zsh)" in ~/.zshrc
-autoload -Uz bashcompinit && bashcompinit
-"""
+SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/completions/vlkd.fish"}
+"""Shells, and the files that they read when they start."""
+
+
+def main(values: SimpleNamespace) -> None:
+    """Entry point."""
+    if values.shell not in SHELLS:
+        raise UserError(f"no completion for {values.shell}; it is one of {', '.join(SHELLS)}")
+    tell(script(values.shell))
 
 
 def script(shell: str) -> str:
-    """What the shell is to evaluate. zsh reads bash's completions."""
-    cases = "\n".join(f'    {name}) options="{_options(command)}" ;;' for name, command in COMMANDS.items())
-    bash = BASH.format(names=" ".join(COMMANDS), cases=cases)
-    return bash if shell == "bash" else ZSH + bash.partition("\n")[2]
-
-
-def _options(command: Command) -> str:
-    told = [option for option in command.options if not option.hidden and not option.kind.startswith("argument")]
-    words = [f"--{option.name}" + ("" if option.kind == "flag" else "=") for option in told]
-    words += [f"--{option.name}={choice}" for option in told for choice in option.choices]
-    return " ".join(words)
-
-
-def main() -> None:
-    """Entry point."""
-    shell = flags.FLAGS.shell
-    if shell not in ("bash", "zsh"):
-        raise UserError(f"no completion for {shell}; it is one of bash, zsh")
-    print(script(shell), end="")
+    """What the shell is to evaluate; its first line says how."""
+    made = get_completion_class(shell)(PROGRAM, {}, PROGRAM.name, "_VLKD_COMPLETE")
+    return f"# vlkd completion {shell} >> {SHELLS[shell]}\n{made.source()}"
 
 
 if __name__ == "__main__":

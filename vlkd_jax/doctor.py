@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
@@ -292,9 +292,8 @@ def line(finding: Finding) -> str:
     return f"{finding.level:5} {finding.name:13} {finding.seen}" + (f"; {finding.mend}" if finding.mend else "")
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     told: list[dict[str, Any]] = []
     together = [values[option.name].value for option in PROCESSES]
     for finding in examine(values.config, values.workdir, together):

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from vlkd_jax import entry, processes
@@ -205,12 +205,12 @@ def circumstances(seed: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    suites = flags.FLAGS.config
+    suites = values.config
     if "suites" not in suites:
         raise UserError("--config is not one of suites; give --config=suites:NAME[,NAME], such as suites:shapes")
-    checkpoint, pair = flags.FLAGS.checkpoint, {"clip": flags.FLAGS.clip, "bart": flags.FLAGS.bart}
+    checkpoint, pair = values.checkpoint, {"clip": values.clip, "bart": values.bart}
     if not checkpoint and not all(pair.values()):
         raise UserError("give --checkpoint=DIR, or --clip=DIR and --bart=DIR for a student before distillation")
     check_suites(suites)
@@ -219,7 +219,7 @@ def main() -> None:
         raise UserError(f"{checkpoint}: an export, which holds its models; leave --clip and --bart out")
     seed = run_config(checkpoint).seed if checkpoint and not exported else 0
     items, results = read_items(suites), {}
-    workdir, mesh = locate(flags.FLAGS.workdir), make_mesh(suites.mesh)
+    workdir, mesh = locate(values.workdir), make_mesh(suites.mesh)
     processes.on_first(lambda: os.fspath(make_directory(workdir)))
     if exported:
         model = VLKD.from_export(checkpoint, mesh)

@@ -14,11 +14,11 @@ import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -384,9 +384,8 @@ def _with_mesh(config: ConfigDict, text: str | None) -> ConfigDict:
     return config
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     config = _with_mesh(values.config, values.mesh)
     if not 0 < values.utilisation <= 1:
         raise UserError(f"--utilisation={values.utilisation}: it is a share of the peak, above 0 and at most 1")

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -295,9 +295,9 @@ def _circumstances(result: dict[str, Any]) -> str:
     return _lines({name: value if value != 0 else "0" for name, value in made.items()})
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    tell(f"wrote {write_report(Path(flags.FLAGS.out))}")
+    tell(f"wrote {write_report(Path(values.out))}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -132,9 +131,8 @@ def _rows(rows: Iterable[Sequence[str]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def files_given(predictions: Path) -> Files:
-    """These predictions with what the flags say. Raises UserError for flags that have no meaning together."""
-    values = flags.FLAGS
+def files_given(predictions: Path, values: SimpleNamespace) -> Files:
+    """These predictions with what the options say. Raises UserError for options that have no meaning together."""
     if values.questions and KINDS[values.suite] != "vqa":
         raise UserError(f"--questions is of VQA; leave it out for --suite={values.suite}")
     return Files(
@@ -148,10 +146,11 @@ def files_given(predictions: Path) -> Files:
     )
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
-    result = score(files_given(Path(values.predictions)), Path(values.spice_jars) if values.spice_jars else None)
+    result = score(
+        files_given(Path(values.predictions), values), Path(values.spice_jars) if values.spice_jars else None
+    )
     tell(json.dumps(result, indent=1) if values.json else table(result))
 
 

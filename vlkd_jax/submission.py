@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -61,9 +60,8 @@ def _images(path: Path) -> list[Any]:
     return list(dict.fromkeys(image["id"] for image in images))
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     entries = submission(values.suite, Path(values.predictions), Path(values.questions))
     empty = sum(not text.strip() for entry in entries for text in entry.values() if isinstance(text, str))
     if empty:

@@ -13,13 +13,13 @@ import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -432,9 +432,9 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(values.config, values.workdir)
 
 
 if __name__ == "__main__":

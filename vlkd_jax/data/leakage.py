@@ -12,10 +12,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from vlkd_jax import entry
@@ -177,9 +177,8 @@ def _shown(record: Any, side: str, key: str) -> str:
     )
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     train, evaluation = Path(values.train), Path(values.eval)
     if values.distance > MAX_DISTANCE:
         raise UserError(f"--distance={values.distance}: {MAX_DISTANCE} bits at most; above it everything is near")

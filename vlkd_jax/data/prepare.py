@@ -11,9 +11,9 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from absl import flags
 from PIL import Image
 
 from vlkd_jax.commands import COMMANDS
@@ -167,9 +167,8 @@ def prepare(
     return build(kind, lambda: parts(source, columns, options.rows), output, workers, max_unusable, beam)
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     columns = Columns(values.image, values.caption, values.images, values.names)
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: values[name].value for name in names})

@@ -13,9 +13,9 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from vlkd_jax.commands import COMMANDS
@@ -123,9 +123,8 @@ def prepare_suite(
     return build(kind, parts, output, workers, suite.max_unusable, beam)
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     beam = None if values.beam is None else shlex.split(values.beam)
     manifest = prepare_suite(values.config, Path(values.output), values.workers, beam)
     if values.json:

@@ -10,9 +10,8 @@ import shutil
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -77,14 +76,14 @@ def _tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    source = Path(flags.FLAGS.source)
+    source = Path(values.source)
     if not source.is_dir():
         raise UserError(f"{source}: not a directory; give one in Hugging Face format")
     if find_spec("torch") is None:
         raise UserError("vlkd convert needs torch, which is not installed: pip install torch")
-    target = convert(source, Path(flags.FLAGS.output or source))
+    target = convert(source, Path(values.output or source))
     say(f"wrote {target}")
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -66,13 +65,13 @@ def export(
     save_student(output, model.config, params, model.bart_text.vocab_size, dtype)
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     evaluation = read_json(values.evaluation) if values.evaluation else None
     model = VLKD.from_run(values.checkpoint, clip=values.clip, bart=values.bart)
     run = json.loads(run_config(values.checkpoint).to_json_best_effort())
-    command = shlex.join(["vlkd", "export", *sys.argv[1:]])
+    options = [f"--{name}={value}" for name, value in vars(values).items() if value is not None]
+    command = shlex.join(["vlkd", "export", *options])
     export(model, Path(values.output), values.dtype, run, command, evaluation)
     stock = Path(values.output) / "bart"
     say(f"wrote {values.output}, and {stock}, a stock BART; vlkd parity {values.output} compares it with this model")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from ml_collections import ConfigDict
 
 from vlkd_jax import entry, sharding
@@ -79,9 +79,9 @@ def _run_config(given: dict[str, Any], config: StudentConfig, places: dict[str, 
     return run
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    directory, output = Path(flags.FLAGS.hf), Path(flags.FLAGS.output)
+    directory, output = Path(values.hf), Path(values.output)
     import_export(directory, output)
     say(f"wrote {output}: a run for vlkd evaluate --checkpoint={output}; its models are in {output / PARENTS}")
 

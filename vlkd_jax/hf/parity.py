@@ -14,11 +14,11 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -381,14 +381,14 @@ def _torch_ids(twin: Any, rows: list[dict[str, Any]], options: dict[str, Any]) -
     return list(ids)
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    directory = Path(flags.FLAGS.hf)
+    directory = Path(values.hf)
     if not is_student(directory):
         raise UserError(f"{directory / CONFIG}: not an exported student; vlkd export writes one")
     if find_spec("torch") is None:
         raise UserError("vlkd parity needs torch, which is not installed: pip install torch")
-    with contextlib.redirect_stdout(sys.stderr if flags.FLAGS.json else sys.stdout):
+    with contextlib.redirect_stdout(sys.stderr if values.json else sys.stdout):
         parity = measure(directory, make_prompts())
     write_json(directory / PARITY, parity)
     card = directory / "README.md"
@@ -398,7 +398,7 @@ def main() -> None:
     wrong = faults(parity)
     if not code.is_file() or code.read_bytes() != Path(__file__).with_name(f"{MODELING}.py").read_bytes():
         wrong.append(f"{code} is not the code of this package, which was compared")
-    tell(json.dumps(parity) if flags.FLAGS.json else _table(parity))
+    tell(json.dumps(parity) if values.json else _table(parity))
     if wrong:
         raise UserError(f"{directory}: PyTorch and JAX differ: {'; '.join(wrong)}")
 

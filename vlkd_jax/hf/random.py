@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
-from vlkd_jax.commands import Command, Option
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import WEIGHTS
@@ -24,6 +23,7 @@ from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
 from vlkd_jax.models.published import BARTS, CLIPS
+from vlkd_jax.options import Command, choice, integer, text
 from vlkd_jax.workdir import output_directory
 
 PUBLISHED = {"large": "vit_l14", "base": "vit_b32"}
@@ -74,35 +74,28 @@ def _draw(module: Any, seed: int, *inputs: jax.Array) -> Any:
 
 
 COMMAND = Command(
+    "random",
     module="vlkd_jax.hf.random",
     summary="write random models around given tokenizers",
     description="Writes random CLIP and BART directories of real or tiny size around given tokenizers, to try things "
     "without weights. OUT receives clip/ and bart/.",
     options=(
-        Option(
+        text(
             "clip_tokenizer", "DIR", "directory with CLIP's vocab.json and merges.txt, or tokenizer.json", required=True
         ),
-        Option(
+        text(
             "bart_tokenizer", "DIR", "directory with BART's vocab.json and merges.txt, or tokenizer.json", required=True
         ),
-        Option("output", "OUT", "directory that receives clip/ and bart/", required=True),
-        Option(
-            "size",
-            "SIZE",
-            "large (ViT-L/14, BART-large), base (ViT-B/32, BART-base) or tiny",
-            kind="choice",
-            default="base",
-            choices=SIZES,
-        ),
-        Option("seed", "N", "of the weights", kind="integer", default=0, minimum=0),
+        text("output", "OUT", "directory that receives clip/ and bart/", required=True),
+        choice("size", "ViT-L/14 and BART-large, ViT-B/32 and BART-base, or tiny ones", tuple(SIZES), default="base"),
+        integer("seed", "N", "of the weights", default=0, minimum=0),
     ),
     example="--clip_tokenizer=clip-vit-base-patch32 --bart_tokenizer=bart-base --output=models",
 )
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     output = output_directory(values.output, "--output")
     write_random(Path(values.clip_tokenizer), Path(values.bart_tokenizer), output, values.size, values.seed)
     say(f"wrote {output / 'clip'} and {output / 'bart'}")

@@ -11,9 +11,8 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.checkpoint import check_directory
@@ -157,11 +156,11 @@ def _rows(figures: dict[str, Any]) -> list[tuple]:
     return [*rows, ("  CLIP's own text tower", "", retrieval["clip_r_at_1"], "", "", retrieval["n"])]
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    check_directory(flags.FLAGS.workdir)
-    workdir = output_directory(flags.FLAGS.workdir)
-    result = run_demo(workdir, flags.FLAGS.seed, flags.FLAGS.setup_seconds)
+    check_directory(values.workdir)
+    workdir = output_directory(values.workdir)
+    result = run_demo(workdir, values.seed, values.setup_seconds)
     say(table(result))
     say(f"set-up {result['setup_seconds']:.0f} s, run {result['run_seconds']:.0f} s")
     say(f"figures: {workdir / 'demo.json'}\nreport:  {workdir / 'report' / 'index.html'}")

@@ -13,14 +13,13 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from vlkd_jax.commands import Command, Option
 from vlkd_jax.config import model_directory
 from vlkd_jax.entry import run
 from vlkd_jax.hf.export import RUN
@@ -29,6 +28,7 @@ from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vlkd_jax.options import Command, integer, text
 from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesTexts
@@ -187,31 +187,32 @@ def export_student(output: Path, run: Path) -> None:
 
 
 COMMAND = Command(
+    "make_models",
     module="vlkd_jax.shapes.make_models",
     summary="make the models of the built-in world",
     description="Makes the tiny CLIP and BART directories of the built-in world: tokenizers trained on its texts and "
     "random weights, or, with --runs, the models pre-trained from those. launch/shapes_models.sh is the whole recipe.",
     options=(
-        Option("output", "DIR", "directory that receives clip/ and bart/", required=True),
-        Option("runs", "RUNS", "directory of the training runs clip/ and bart/; without it, random weights"),
-        Option("student", "RUN", "a demo's training run: the student that the package brings is made of it instead"),
-        Option("seed", "N", "of the corpus and of the random weights", kind="integer", default=0, minimum=0),
+        text("output", "DIR", "directory that receives clip/ and bart/", required=True),
+        text("runs", "RUNS", "directory of the training runs clip/ and bart/; without it, random weights"),
+        text("student", "RUN", "a demo's training run: the student that the package brings is made of it instead"),
+        integer("seed", "N", "of the corpus and of the random weights", default=0, minimum=0),
     ),
     example="--output=runs/shapes_models/init",
 )
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    output = output_directory(flags.FLAGS.output, "--output")
-    if flags.FLAGS.student:
-        export_student(output / "student", Path(flags.FLAGS.student))
+    output = output_directory(values.output, "--output")
+    if values.student:
+        export_student(output / "student", Path(values.student))
         say(f"wrote {output}/student")
         return
-    if flags.FLAGS.runs:
-        export_models(output, Path(flags.FLAGS.runs))
+    if values.runs:
+        export_models(output, Path(values.runs))
     else:
-        init_models(output, flags.FLAGS.seed)
+        init_models(output, values.seed)
     say(f"wrote {output}/clip and {output}/bart")
 
 

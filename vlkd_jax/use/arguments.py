@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-from absl import flags
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captioned import PICTURES
@@ -36,9 +35,9 @@ def sort_arguments(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
     return pictures, texts
 
 
-def chosen_decoding() -> dict[str, Any]:
+def chosen_decoding(values: SimpleNamespace) -> dict[str, Any]:
     """The decoding options that were given."""
-    return {name: value for name in DECODING if (value := flags.FLAGS[name].value) is not None}
+    return {name: value for name in DECODING if (value := getattr(values, name)) is not None}
 
 
 def listed(said: Any, returns: int) -> list[Any]:

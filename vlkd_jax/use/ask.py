@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-
-from absl import flags
+from types import SimpleNamespace
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -14,15 +13,14 @@ from vlkd_jax.use.arguments import chosen_decoding, listed, sort_arguments
 from vlkd_jax.vlkd import VLKD
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     pictures, questions = sort_arguments(values.inputs)
     if not pictures or not questions:
         missing = "picture" if not pictures else "question"
         raise UserError(f'no {missing} given; for example: vlkd ask photo.jpg "what color is the car?" --model=DIR')
     choices = [text.strip() for text in values.choices.split(",")] if values.choices else []
-    model, options = VLKD.from_pretrained(values.model), chosen_decoding()
+    model, options = VLKD.from_pretrained(values.model), chosen_decoding(values)
     if choices and options:
         raise UserError(f"--{next(iter(options))} chooses how an answer is written; with --choices none is")
     told = []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-
-from absl import flags
+from types import SimpleNamespace
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -14,13 +13,12 @@ from vlkd_jax.use.arguments import chosen_decoding, in_portions, listed, sort_ar
 from vlkd_jax.vlkd import VLKD
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     pictures, texts = sort_arguments(values.images)
     if texts:
         raise UserError(f"{texts[0]}: no such picture; questions about pictures are asked by vlkd ask")
-    model, options = VLKD.from_pretrained(values.model), chosen_decoding()
+    model, options = VLKD.from_pretrained(values.model), chosen_decoding(values)
     told = []
     for block in in_portions(pictures):
         for picture, said in zip(block, model.caption(block, scores=True, **options), strict=True):

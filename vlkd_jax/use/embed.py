@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from absl import flags
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
@@ -16,9 +16,8 @@ from vlkd_jax.use.arguments import in_portions, sort_arguments
 from vlkd_jax.vlkd import VLKD
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     pictures, texts = sort_arguments(values.inputs)
     output = Path(values.output) if values.output else None
     if output and output.suffix != ".npz":

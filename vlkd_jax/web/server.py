@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
 import uvicorn
-from absl import flags
 from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -286,9 +286,8 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def main() -> None:
+def main(values: SimpleNamespace) -> None:
     """Entry point."""
-    values = flags.FLAGS
     limits = Limits(int(values.megabytes * 2**20), per_minute=values.per_minute)
     listener = bound(values.host, values.port)
     model = VLKD.from_pretrained(values.model)
