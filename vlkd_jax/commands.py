@@ -111,9 +111,9 @@ _ALL = (
         "ask",
         module="vlkd_jax.use.ask",
         summary="questions about pictures",
-        description="Answers questions about pictures with a trained student, zero-shot: what is a file is a picture IMG, "
-        "anything else a question, and every question is asked about every picture. With --choices one of given "
-        "answers is chosen, the likeliest first.",
+        description="Answers questions about pictures with a trained student, zero-shot: what is a file is a "
+        "picture IMG, anything else a question, and every question is asked about every picture. With "
+        "--choices one of given answers is chosen, the likeliest first.",
         options=(
             argument("inputs", "IMG|QUESTION", several=True),
             MODEL,
