@@ -131,7 +131,7 @@ def test_paths_that_the_system_refuses_are_one_line(capsys, monkeypatch):
 PRINTS = """
 import sys
 from vlkd_jax import entry
-from vlkd_jax.metrics import say
+from vlkd_jax.console import say
 from vlkd_jax.options import Command
 
 def main(_):

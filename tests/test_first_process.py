@@ -11,8 +11,9 @@ import pytest
 from tiny import environment, tiny_config, without_gloo
 
 from vlkd_jax import runtime
+from vlkd_jax.console import say
 from vlkd_jax.identity import INPUTS_FILE, hash_inputs
-from vlkd_jax.metrics import METRICS_FILE, say
+from vlkd_jax.metrics import METRICS_FILE
 
 PROCESS = """
 import json, os, sys

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import compression, processes, sharding
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import progress, say
 from vlkd_jax.data.builder import locked
 from vlkd_jax.data.pipeline import Encoder, read_ahead
 from vlkd_jax.data.sources import read_json
@@ -31,7 +31,6 @@ from vlkd_jax.data.teacher_cache import AGAIN, FAULTS, MANIFEST, PLAN, differenc
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.identity import hash_inputs, with_absolute_paths
 from vlkd_jax.manifest import file_sha256
-from vlkd_jax.metrics import say
 from vlkd_jax.storage import unusable, write_atomic
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.distill import teacher_projections
@@ -42,7 +41,6 @@ SHARD_BYTES = 2**28
 """So large is a file at most, in whole batches."""
 PART = ".part"
 """Behind the name of a file that is not whole."""
-TELL_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,18 +240,12 @@ def _blocks(
 
 
 def _write(layout: Layout, shards: Sequence[int], blocks: Iterator[Computed]) -> None:
-    todo, done, since, first, told = sum(map(layout.length, shards)), 0, 0.0, 0, time.monotonic()
-    for shard in shards:
-        for rows in layout.write(shard, blocks):
-            done += rows
-            now = time.monotonic()
-            if not first:  # the first batch compiles
-                since, first = now, rows
-            elif now - told > TELL_SECONDS or done == todo:
-                speed, told = (done - first) / max(now - since, 1e-9), now
-                eta = int((todo - done) / speed)
-                line = f"{done:,}/{todo:,} records  eta {eta // 60}:{eta % 60:02d}  {speed:,.1f} records/s"
-                say(line, everywhere=True)
+    done = 0
+    with progress("teacher", sum(map(layout.length, shards)), "records", everywhere=True) as tell:
+        for shard in shards:
+            for rows in layout.write(shard, blocks):
+                done += rows
+                tell(done)
 
 
 def _start(layout: Layout, plan: dict[str, Any], held: contextlib.ExitStack) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlkd_jax import entry
+from vlkd_jax import console, entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.evals import caption_metrics
@@ -177,17 +177,14 @@ def table(results: dict[str, dict[str, dict[str, Any]]], a: Path, b: Path) -> st
     """The differences for people."""
     lines = [f"A: {a}", f"B: {b}", ""]
     for suite, figures in results.items():
-        lines += [suite] if suite else []
-        width = max(map(len, figures))
+        rows = []
         for name, figure in figures.items():
             low, high = figure["interval"]
-            clear = "" if low <= 0 <= high else "  *"
-            lines.append(
-                f"  {name:{width}}  A {figure['a']:.4f}  B {figure['b']:.4f}  B - A {figure['difference']:+.4f}  "
-                f"[{low:+.4f}, {high:+.4f}]  n = {figure['n']:,}{clear}"
-            )
-        lines.append("")
-    told = f"brackets: 95% of {RESAMPLES:,} paired resamples by picture; *: they leave 0 out"
+            cells = (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}")
+            clear = "" if low <= 0 <= high else " *"
+            rows.append((name, *cells, f"[{low:+.4f}, {high:+.4f}]{clear}", f"{figure['n']:,}"))
+        lines += [console.table(rows, (suite, "A", "B", "B - A", "95% of B - A", "n")), ""]
+    told = f"{RESAMPLES:,} paired resamples by picture; *: 0 is left out"
     return "\n".join([*lines, f"{told}; CIDEr's document frequencies are those of all references"])
 
 

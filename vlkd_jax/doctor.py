@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from vlkd_jax import cluster, entry, processes, sharding
 from vlkd_jax.commands import COMMANDS, PROCESSES
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError, few
-from vlkd_jax.metrics import say
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.plan import LOCAL, plan, planned_task
 from vlkd_jax.storage import is_remote
@@ -295,7 +295,7 @@ def line(finding: Finding) -> str:
 def main(values: SimpleNamespace) -> None:
     """Entry point."""
     told: list[dict[str, Any]] = []
-    together = [values[option.name].value for option in PROCESSES]
+    together = [getattr(values, option.name) for option in PROCESSES]
     for finding in examine(values.config, values.workdir, together):
         told.append(finding._asdict())
         if not values.json:

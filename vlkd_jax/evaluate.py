@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.data.builder import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.data.sources import counted, read_json
 from vlkd_jax.data.text import PROMPT_FIELDS, check_template
@@ -37,7 +38,7 @@ from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.evals.vqa_files import version_of
 from vlkd_jax.hf.student import is_student
 from vlkd_jax.manifest import file_sha256
-from vlkd_jax.metrics import peak_memory, say
+from vlkd_jax.metrics import peak_memory
 from vlkd_jax.runs import run_config
 from vlkd_jax.sharding import make_mesh
 from vlkd_jax.storage import AnyPath, locate, make_directory, write_atomic

@@ -9,7 +9,8 @@ import time
 
 import jax
 
-from vlkd_jax import processes, runtime
+from vlkd_jax import processes
+from vlkd_jax.console import duration, rate
 from vlkd_jax.storage import AnyPath, Mirror
 
 METRICS_FILE = "metrics.jsonl"
@@ -77,13 +78,13 @@ class Progress:
     def line(self, step: int, values: dict[str, float]) -> str:
         """`step 120/900  eta 2:31  250 images/s  data 1%  lr 1.0e-04  loss 3.21  ...`"""
         speed = values["images_per_second"]
-        eta = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
         rest = [f"{name} {value:.4g}" for name, value in values.items() if name not in RATES]
         return "  ".join(
             [
                 f"step {step}/{self.steps}",
-                f"eta {int(eta // 60)}:{int(eta % 60):02d}",
-                f"{speed:.{0 if speed >= 10 else 2}f} images/s",
+                f"eta {duration(left)}",
+                f"{rate(speed)} images/s",
                 f"data {values['data_wait']:.0%}",
                 *rest,
             ]
@@ -96,17 +97,3 @@ def peak_memory() -> dict[str, float]:
     gib = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     used = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     return gib | ({"device_gib": max(used) / 2**30} if any(used) else {})
-
-
-def say(text: str, everywhere: bool = False) -> None:
-    """Prints a line at once (standard output may be a file); what its encoding lacks is escaped.
-
-    Process 0 speaks for all. What concerns one process is said `everywhere`, with the process in front where there are
-    several.
-    """
-    if everywhere:
-        text = runtime.whose() + text
-    elif runtime.process_index():
-        return
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

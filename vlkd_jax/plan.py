@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlkd_jax import entry, sharding
+from vlkd_jax import console, entry, sharding
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import model_directory
+from vlkd_jax.console import say
 from vlkd_jax.costs import collective_bytes, count_flops
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.load import read_bart_config, read_clip_config
-from vlkd_jax.metrics import say
 from vlkd_jax.models.published import BARTS, CLIPS
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.runtime import tell
@@ -327,10 +327,9 @@ def table(result: dict[str, Any], config: ConfigDict) -> str:
             ),
             (f"chip-hours for an epoch of CC3M ({CC3M:,})", f"{result['chip_hours_per_cc3m_epoch']:.1f}"),
         ]
-    width = max(len(name) for name, _ in rows)
     chips = "1 chip" if result["chips"] == 1 else f"{result['chips']} chips"
     head = f"{result['topology']}: {chips} ({axes}), batch {result['batch_size']:,}"
-    return "\n".join([head, *(f"  {name:{width}}  {value}" for name, value in rows), *advice(result, config)])
+    return "\n".join([head, console.table(rows), *advice(result, config)])
 
 
 def sweep_table(results: list[dict[str, Any]]) -> str:

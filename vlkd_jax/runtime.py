@@ -139,6 +139,8 @@ def leave(message: str, code: int, stacks: bool = False) -> None:
     with _leaving:
         try:
             with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+                if sys.stdout.isatty():
+                    os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
                 print(" ".join(message.split()), file=sys.stderr, flush=True)
             if stacks:
                 faulthandler.dump_traceback(file=2, all_threads=True)

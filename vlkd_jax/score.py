@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vlkd_jax import entry
+from vlkd_jax import console, entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.caption_suite import score_captions
@@ -76,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
     if "overall" in result:
         lines = _vqa_lines(result)
     elif "rouge1" in result:
-        lines = _rows((name, f"{result[name]:.3f}", _bounds(result[f"{name}_interval"])) for name in ROUGE)
+        lines = [console.table((name, f"{result[name]:.3f}", _bounds(result[f"{name}_interval"])) for name in ROUGE)]
     else:
         lines = _caption_lines(result)
     lines += ["", f"{result['n']:,} scored by {result['scorer']}; brackets: 95% intervals"]
@@ -93,13 +93,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _vqa_lines(result: dict[str, Any]) -> list[str]:
-    lines = _rows([("VQA accuracy", f"{result['overall']:.2f}", _bounds(result["overall_interval"], 2))])
+    lines = [console.table([("VQA accuracy", f"{result['overall']:.2f}", _bounds(result["overall_interval"], 2))])]
     for kind in ("answer_type", "question_type"):
         figures, counts = result[f"per_{kind}"], result[f"per_{kind}_n"]
         if figures:
-            lines += ["", *_rows((name, f"{figures[name]:.2f}", f"n = {counts[name]:,}") for name in figures)]
+            lines += ["", console.table((name, f"{figures[name]:.2f}", f"n = {counts[name]:,}") for name in figures)]
     lines += ["", "the same answers by other programs' rules:"]
-    return lines + _rows((RULES[name], f"{value:.2f}", "") for name, value in result["rules"].items())
+    return [*lines, console.table((RULES[name], f"{value:.2f}") for name, value in result["rules"].items())]
 
 
 def _caption_lines(result: dict[str, Any]) -> list[str]:
@@ -109,11 +109,11 @@ def _caption_lines(result: dict[str, Any]) -> list[str]:
     rows = [(name, *(f"{figures[name]:.5f}" for figures in columns)) for name in names]
     if not domains:
         rows.append(("95% interval of CIDEr", _bounds(result["CIDEr_interval"], 5)))
-        return [*_rows(rows), "", f"document frequencies of CIDEr: {result['document_frequencies']}"]
-    rows.insert(0, ("", *domains))
+        return [console.table(rows), "", f"document frequencies of CIDEr: {result['document_frequencies']}"]
     rows.append(("CIDEr, frequencies of entire", *map(_of_entire, columns)))
     rows.append(("n", *(f"{figures['n']:,}" for figures in columns)))
-    return [*_rows(rows), "", "document frequencies of CIDEr: each column's own references, but where it says entire"]
+    told = "document frequencies of CIDEr: each column's own references, but where it says entire"
+    return [console.table(rows, ("", *domains)), "", told]
 
 
 def _of_entire(figures: dict[str, Any]) -> str:
@@ -122,13 +122,6 @@ def _of_entire(figures: dict[str, Any]) -> str:
 
 def _bounds(bounds: Sequence[float], digits: int = 3) -> str:
     return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
-
-
-def _rows(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows)
-    return [line.rstrip() for line in lines]
 
 
 def files_given(predictions: Path, values: SimpleNamespace) -> Files:

@@ -12,12 +12,12 @@ from typing import Any
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.evals.predictions import FIELDS, read_predictions
 from vlkd_jax.evals.scoring import KINDS
 from vlkd_jax.evals.vqa_files import read_questions
-from vlkd_jax.metrics import say
 from vlkd_jax.storage import write_atomic
 
 

@@ -28,6 +28,7 @@ from vlkd_jax.checkpoint import Checkpoints, check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
+from vlkd_jax.console import say
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import cache_key, text_lengths, train_sources, train_stream
 from vlkd_jax.data.teacher_cache import CachedPairs
@@ -43,7 +44,7 @@ from vlkd_jax.identity import (
     record_inputs,
     with_absolute_paths,
 )
-from vlkd_jax.metrics import MetricWriter, Progress, peak_memory, say
+from vlkd_jax.metrics import MetricWriter, Progress, peak_memory
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.step import make_train_step
 from vlkd_jax.storage import AnyPath, locate, write_atomic

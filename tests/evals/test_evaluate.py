@@ -249,7 +249,7 @@ def test_progress_is_told_with_its_end(monkeypatch, capsys):
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
     assert len(list(runner._told("vqav2", range(10), 90, 100))) == 10
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "vqav2  93/100  eta 0:00:28  0.25/s" and len(lines) == 3
+    assert lines[0] == "vqav2  93/100  eta 0:28  0.25 rows/s" and len(lines) == 4
 
 
 def test_a_plain_pair_from_the_command_line(root, assets, tmp_path):

@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from vlkd_jax.console import progress
 from vlkd_jax.data.inputs import Part
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.manifest import file_sha256
@@ -195,11 +195,12 @@ def _run(
         left.unlink()
     if results:
         print(f"{len(results)} of {len(todo)} parts are there already", flush=True)
-    since, before = time.monotonic(), sum(result["in"] for result in results.values())
-    for number, result in (_by_beam if beam is not None else _by_processes)(todo, missing, kind, work, beam or workers):
-        results[number] = result
-        print(_progress(results, len(todo), len(missing), before, time.monotonic() - since), flush=True)
-        _check_share(results, max_unusable)
+    parts = (_by_beam if beam is not None else _by_processes)(todo, missing, kind, work, beam or workers)
+    with progress("prepare", len(todo), "parts", len(results)) as tell:
+        for number, result in parts:
+            results[number] = result
+            tell(len(results), _read_and_skipped(results))
+            _check_share(results, max_unusable)
     return [results[number] for number in range(len(todo))]
 
 
@@ -264,17 +265,12 @@ def _by_beam(
         yield number, results[number]
 
 
-def _progress(results: dict[int, dict[str, Any]], count: int, missing: int, before: int, seconds: float) -> str:
-    read_now = sum(result["in"] for result in results.values())
-    done = len(results) - (count - missing)
-    eta = seconds / max(done, 1) * (missing - done)
+def _read_and_skipped(results: dict[int, dict[str, Any]]) -> str:
     skipped: Counter[str] = Counter()
     for result in results.values():
         skipped.update(result["skipped"])
     told = f"  skipped: {', '.join(f'{reason} {n:,}' for reason, n in skipped.most_common())}" if skipped else ""
-    speed = (read_now - before) / max(seconds, 1e-9)
-    eta_told = f"eta {int(eta // 60)}:{int(eta % 60):02d}"
-    return f"part {len(results)}/{count}  {eta_told}  {speed:,.0f} records/s  {read_now:,} read{told}"
+    return f"{sum(result['in'] for result in results.values()):,} read{told}"
 
 
 def _check_share(results: dict[int, dict[str, Any]], max_unusable: float) -> None:

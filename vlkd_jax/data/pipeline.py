@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from vlkd_jax.console import say
 from vlkd_jax.data.images import open_image, random_resized_crop, resize_and_crop
 from vlkd_jax.data.sources import Record, counted
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.metrics import say
 from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.types import Batch
 

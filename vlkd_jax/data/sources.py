@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from vlkd_jax.console import say
 from vlkd_jax.data.images import check_picture
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.metrics import say
 
 FAULTS_TOLD = 5
 """So many records that cannot be used are named in one message, beside the counts of all."""

@@ -9,13 +9,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax import predict
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_choice, filled, if_unusable, place
 from vlkd_jax.evals.prepared import captioned
 from vlkd_jax.evals.retrieval import ranks
 from vlkd_jax.evals.statistics import interval
 from vlkd_jax.evals.suite import Match, Row, Suite, with_pictures
-from vlkd_jax.metrics import say
 from vlkd_jax.vlkd import VLKD
 
 METRICS = ("recall",)

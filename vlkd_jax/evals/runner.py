@@ -6,7 +6,6 @@ A directory holds `settings.json`, what its rows depend on; `predictions.jsonl`,
 
 from __future__ import annotations
 
-import datetime
 import functools
 import itertools
 import json
@@ -19,9 +18,9 @@ from typing import Any
 import jax
 
 from vlkd_jax import processes
+from vlkd_jax.console import progress, say
 from vlkd_jax.data.sources import has_lone_surrogate
 from vlkd_jax.evals.suite import Item, Match, Row, Suite, predict_rows
-from vlkd_jax.metrics import say
 from vlkd_jax.storage import AnyPath, Mirror, make_directory, write_atomic
 from vlkd_jax.vlkd import VLKD
 
@@ -29,8 +28,6 @@ PREDICTIONS = "predictions.jsonl"
 PART = f"{PREDICTIONS}.part"
 RESULTS = "results.json"
 SETTINGS = "settings.json"
-SAY_SECONDS = 10.0
-"""Between two lines of progress."""
 
 
 def run_suite(
@@ -117,15 +114,11 @@ def _begin(directory: AnyPath, settings: dict[str, Any]) -> None:
 
 
 def _told(name: str, rows: Iterable[Row], before: int, total: int) -> Iterator[Row]:
-    """The rows; every ten seconds a line says how many there are and when the last is due."""
-    start = last = time.monotonic()
-    for count, row in enumerate(rows, 1):
-        now = time.monotonic()
-        if now - last >= SAY_SECONDS:
-            rate = count / (now - start)
-            eta, last = datetime.timedelta(seconds=int((total - before - count) / rate)), now
-            say(f"{name}  {before + count:,}/{total:,}  eta {eta}  {rate:.{0 if rate >= 10 else 2}f}/s")
-        yield row
+    """The rows; it is told how many there are and when the last is due."""
+    with progress(name, total, "rows", before) as tell:
+        for count, row in enumerate(rows, before + 1):
+            tell(count)
+            yield row
 
 
 def write_rows(directory: AnyPath, rows: Iterable[Row], kept: Sequence[Row] = ()) -> list[Row]:

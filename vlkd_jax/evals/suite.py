@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlkd_jax import predict
+from vlkd_jax.console import say
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.metrics import say
 from vlkd_jax.vlkd import VLKD
 
 LEFT_OUT, MISS = "left_out", "miss"

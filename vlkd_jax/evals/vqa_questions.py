@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_pictures, check_places, filled, place
 from vlkd_jax.evals.suite import Row
@@ -21,7 +22,6 @@ from vlkd_jax.evals.vqa_files import (
     read_questions,
     types_of,
 )
-from vlkd_jax.metrics import say
 
 
 def read_asked(suite: ConfigDict) -> Entries:

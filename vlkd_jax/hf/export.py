@@ -17,12 +17,12 @@ import jax
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.hf.card import model_card
 from vlkd_jax.hf.load import PROCESSOR
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
 from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, processor_values, save_student
-from vlkd_jax.metrics import say
 from vlkd_jax.runs import run_config
 from vlkd_jax.storage import write_atomic
 from vlkd_jax.vlkd import VLKD

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import safetensors
 
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.hf import names
-from vlkd_jax.metrics import say
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 
 WEIGHTS = "model.safetensors"

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlkd_jax import entry
+from vlkd_jax import console, entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs.suites import CAPTION, QUESTION
+from vlkd_jax.console import say
 from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.pipeline import Encoder
 from vlkd_jax.decoding import Decoding
@@ -34,7 +35,6 @@ from vlkd_jax.hf.load import CONFIG
 from vlkd_jax.hf.save import write_json
 from vlkd_jax.hf.student import MODELING, is_student
 from vlkd_jax.losses import finish
-from vlkd_jax.metrics import say
 from vlkd_jax.models.clip import normalize_pixels
 from vlkd_jax.models.vlkd import Student
 from vlkd_jax.predict import Request, generate_ids
@@ -408,8 +408,7 @@ def _table(parity: dict[str, Any]) -> str:
     for kind in ("parts", "losses"):
         rows += [(name, f"{gap['max_abs']:.2g}") for name, gap in parity[kind].items()]
     rows += [(f"prompts with the same tokens, {m}", f"{parity[f'{m}_equal']}/{parity['prompts']}") for m in METHODS]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(["largest difference, or count", *(f"  {name:{width}}  {value}" for name, value in rows)])
+    return console.table(rows, ("", "largest difference, or count"))
 
 
 if __name__ == "__main__":

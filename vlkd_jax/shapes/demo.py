@@ -14,15 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vlkd_jax import entry
+from vlkd_jax import console, entry
 from vlkd_jax.checkpoint import check_directory
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.configs import shapes_vlkd, suites
+from vlkd_jax.console import say
 from vlkd_jax.evals.runner import read_rows
 from vlkd_jax.evaluate import circumstances, evaluate, read_items
 from vlkd_jax.hf.export import export
 from vlkd_jax.hf.student import is_student
-from vlkd_jax.metrics import say
 from vlkd_jax.runs import run_config
 from vlkd_jax.shapes.report import write_report
 from vlkd_jax.train import train
@@ -137,8 +137,8 @@ def table(result: dict[str, Any]) -> str:
 
     lines = []
     for title, figures in (("kinds never seen", result), ("kinds seen in training", result["seen_kinds"])):
-        rows = [(title, "before", "after", "blind", "majority", "n"), *_rows(figures)]
-        lines += [f"{row[0]:<24}" + "".join(f"{cell(value):>10}" for value in row[1:]) for row in rows] + [""]
+        rows = [(row[0], *map(cell, row[1:])) for row in _rows(figures)]
+        lines += [console.table(rows, (title, "before", "after", "blind", "majority", "n")), ""]
     return "\n".join(lines[:-1])
 
 

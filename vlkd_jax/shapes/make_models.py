@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlkd_jax.config import model_directory
+from vlkd_jax.console import say
 from vlkd_jax.entry import run
 from vlkd_jax.hf.export import RUN
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
-from vlkd_jax.metrics import say
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipTextConfig, ClipVisionConfig

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError
-from vlkd_jax.metrics import say
 from vlkd_jax.use.arguments import chosen_decoding, in_portions, listed, sort_arguments
 from vlkd_jax.vlkd import VLKD
 

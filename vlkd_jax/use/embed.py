@@ -10,8 +10,8 @@ import numpy as np
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.errors import UserError
-from vlkd_jax.metrics import say
 from vlkd_jax.use.arguments import in_portions, sort_arguments
 from vlkd_jax.vlkd import VLKD
 

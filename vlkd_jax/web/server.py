@@ -27,10 +27,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import say
 from vlkd_jax.data.images import open_image
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals.markup import picture_uri
-from vlkd_jax.metrics import say
 from vlkd_jax.vlkd import VLKD
 
 HEADERS = {
