@@ -72,6 +72,7 @@ def test_every_package_and_every_file_of_the_models_is_listed():
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vlkd_jax").rglob("__init__.py")}
     assert {*packages, "vlkd_jax.configs"} == set(settings["packages"])
     data = settings["package-data"]
+    assert data.pop("vlkd_jax") == ["py.typed"] and (ROOT / "vlkd_jax" / "py.typed").is_file()
     assert data.pop("vlkd_jax.web") == [path.name for path in (ROOT / "vlkd_jax" / "web").glob("*.html")]
     [(package, patterns)] = data.items()
     root = ROOT.joinpath(*package.split("."))

@@ -28,6 +28,7 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.evals.runner import read_rows
 from vlkd_jax.evaluate import evaluate, read_items
 from vlkd_jax.train import train
+from vlkd_jax.use.prompts import with_masks
 from vlkd_jax.vlkd import VLKD
 
 QUESTIONS = ["what color is the circle?", "is there a square?", "how many objects are there?"]
@@ -117,8 +118,8 @@ def test_ranking_by_cosine_and_texts_alone(run, model):
         model.generate_text(text, max_new_tokens=5) for text in ("a red <mask>", "a {brace} </s> circle")
     ]
     text = model.bart_text
-    assert model._with_masks("a <mask> b <mask>") == text.encode_template("a <mask> b <mask>")
-    assert model._with_masks("{x} </s>") == text.encode("{x} </s>") and text.eos not in model._with_masks("</s>")
+    assert with_masks(text, "a <mask> b <mask>") == text.encode_template("a <mask> b <mask>")
+    assert with_masks(text, "{x} </s>") == text.encode("{x} </s>") and text.eos not in with_masks(text, "</s>")
 
 
 def test_where_an_answer_looked(run, model):

@@ -6,13 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import numpy as np
 from jax.sharding import Mesh
@@ -24,7 +23,7 @@ from vlkd_jax.config import BUILTIN, HUB, model_directory, with_defaults
 from vlkd_jax.configs.base import PROMPTS
 from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import BartText, ClipText
-from vlkd_jax.decoding import Decoding
+from vlkd_jax.decoding import Decoding, DecodingOptions
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_prompts, read_student_config
@@ -46,27 +45,15 @@ from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.task import Frozen, Task
 from vlkd_jax.types import Params
+from vlkd_jax.use.attended import Attended, attended
 from vlkd_jax.use.given import Picture, Pictures, decoding_of, is_picture, open_picture, paired, picture_list
+from vlkd_jax.use.prompts import prompts, with_masks
 from vlkd_jax.workdir import CONFIG_FILE
 
+Said = str | Scored | list[str] | list[Scored]
+"""What is said of one item: a text, with its score where asked, or several where `returns` is above 1."""
 BUILTIN_STUDENT = f"{BUILTIN}shapes/student"
 """Trained by `launch/demo.sh`."""
-
-
-class Attended(NamedTuple):
-    """What an answer of T tokens was read from.
-
-    Attributes:
-      tokens: the T tokens, `</s>` the last.
-      patches: float32 [T, rows, columns], the share of each token's reading that each patch of the picture has.
-      whole: float32 [T], that of the token for the whole picture; the rest was read of the text.
-      seen: uint8 [height, width, 3], the part of the picture that the model sees, which the patches divide.
-    """
-
-    tokens: list[str]
-    patches: np.ndarray
-    whole: np.ndarray
-    seen: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +238,14 @@ class VLKD:
             },
         )
 
-    def answer(self, images: Pictures, questions: str | Sequence[str], *, scores: bool = False, **options: Any) -> Any:
+    def answer(
+        self,
+        images: Pictures,
+        questions: str | Sequence[str],
+        *,
+        scores: bool = False,
+        **options: Unpack[DecodingOptions],
+    ) -> Said | list[Said]:
         """Zero-shot answers to questions about pictures.
 
         >>> model.answer("photo.jpg", "what color is the car?")
@@ -283,7 +277,9 @@ class VLKD:
         said = self._say(pictures, fields, "question", scores, {"max_new_tokens": 10, **options})
         return said[0] if one else said
 
-    def caption(self, images: Pictures, *, scores: bool = False, **options: Any) -> Any:
+    def caption(
+        self, images: Pictures, *, scores: bool = False, **options: Unpack[DecodingOptions]
+    ) -> Said | list[Said]:
         """Zero-shot captions of pictures, without their prompt.
 
         >>> model.caption("photo.jpg", method="beam", beams=5, returns=3)
@@ -303,7 +299,9 @@ class VLKD:
         said = self._say(pictures, [{} for _ in pictures], "caption", scores, {"max_new_tokens": 20, **options})
         return said[0] if is_picture(images) else said
 
-    def generate_text(self, texts: str | Sequence[str], *, scores: bool = False, **options: Any) -> Any:
+    def generate_text(
+        self, texts: str | Sequence[str], *, scores: bool = False, **options: Unpack[DecodingOptions]
+    ) -> Said | list[Said]:
         """What the student's BART makes of texts alone: it writes each anew, with words in the place of `<mask>`.
 
         >>> model.generate_text("the car is <mask>.")
@@ -322,7 +320,7 @@ class VLKD:
         listed = [texts] if isinstance(texts, str) else list(texts)
         room = self.bart.config.max_position_embeddings - 2
         decoding = decoding_of({"max_new_tokens": min(60, room), **options})
-        requests = [predict.Request(self._with_masks(text), []) for text in listed]
+        requests = [predict.Request(with_masks(self.bart_text, text), []) for text in listed]
         said = self._texts(requests, decoding, scores)
         return said[0] if isinstance(texts, str) else said
 
@@ -358,7 +356,8 @@ class VLKD:
         else:
             one = is_picture(images) and isinstance(questions, str)
             pictures, asked = paired(pictures, [questions] if isinstance(questions, str) else list(questions))
-            requests = self._requests(pictures, [{"question": question} for question in asked], "question")
+            fields = [{"question": question} for question in asked]
+            requests = prompts(self.bart_text, self.prompts, pictures, fields, "question")
             scores = predict.candidate_scores(self, requests, texts, _bucket(len(pictures)))
         ranked = [
             [Scored(texts[k], float(row[k])) for k in np.argsort(-np.asarray(row), kind="stable")] for row in scores
@@ -377,18 +376,11 @@ class VLKD:
           UserError: a model whose image is one token, a text that is too long.
           RecordError: a picture that cannot be read.
         """
-        (request,) = self._requests([image], [{"question": question}], "question")
+        (request,) = prompts(self.bart_text, self.prompts, [image], [{"question": question}], "question")
         ids = self.bart_text.encode(f" {answer.strip()}") if answer.strip() else []
-        weights = predict.attention(self, request, ids)
-        side = math.isqrt(weights.shape[1] - 1)
-        if weights.shape[1] == 1:
-            raise UserError(
-                "this student reads a picture as one token (image_tokens pooled); there are no parts to show"
-            )
-        grid = weights[:, 1:].reshape(-1, side, side)  # without the class token, which is the whole picture's
         tokens = [*(self.bart_text.decode([token]) for token in ids), "</s>"]
         seen = resize_and_crop(request.image, self.teacher.config.preprocessing)
-        return Attended(tokens, grid, weights[:, 0], seen)
+        return attended(tokens, predict.attention(self, request, ids), seen)
 
     def embed_images(self, images: Pictures) -> np.ndarray:
         """The teacher's image embeddings [n, E], float32, L2-normalised; one picture is a row too.
@@ -440,31 +432,15 @@ class VLKD:
             self.save_pretrained(Path(folder) / "export", dtype)
             return upload(Path(folder) / "export", repository, private)
 
-    def _with_masks(self, text: str) -> list[int]:
-        """Ids of a text in which `<mask>` is the mask, which takes the space before it, and nothing else is special."""
-        *parts, last = text.split("<mask>")
-        fields = {f"part{number}": part.rstrip(" ") for number, part in enumerate(parts)}
-        template = "".join(f"{{{name}}}<mask>" for name in fields) + "{last}"
-        return self.bart_text.encode_template(template, **fields, last=last)
-
-    def _say(self, pictures: list[Picture], fields: list[dict], name: str, scores: bool, options: dict) -> list[Any]:
-        return self._texts(self._requests(pictures, fields, name), decoding_of(options), scores, len(pictures))
-
-    def _requests(self, pictures: list[Picture], fields: list[dict], name: str) -> Iterator[predict.Request]:
-        """Prompts about pictures; what is one object several times in a row is opened once."""
-        last, opened = None, None
-        for number, (picture, values) in enumerate(zip(pictures, fields, strict=True)):
-            if number == 0 or picture is not last:
-                last, opened = picture, open_picture(picture)
-            source, prefix = (
-                self.bart_text.encode_template(self.prompts[f"{name}_{part}"], **values)
-                for part in ("encoder", "decoder")
-            )
-            yield predict.Request(source, prefix, opened, draw=number)
+    def _say(
+        self, pictures: list[Picture], fields: list[dict[str, str]], name: str, scores: bool, options: DecodingOptions
+    ) -> list[Said]:
+        requests = prompts(self.bart_text, self.prompts, pictures, fields, name)
+        return self._texts(requests, decoding_of(options), scores, len(pictures))
 
     def _texts(
         self, requests: Iterable[predict.Request], decoding: Decoding, scores: bool, count: int | None = None
-    ) -> list[Any]:
+    ) -> list[Said]:
         count = len(requests) if count is None else count
         generate = predict.generate_scored if scores else predict.generate
         rows = generate(self, requests, decoding, _bucket(count))

@@ -2,7 +2,7 @@
 
 from vlkd_jax.decoding.beam_search import beam
 from vlkd_jax.decoding.cache import Decoder, Memory, join_memories, make_decoder, project_memory, take_rows
-from vlkd_jax.decoding.options import Decoding
+from vlkd_jax.decoding.options import Decoding, DecodingOptions
 from vlkd_jax.decoding.ranking import Candidates, likelihood, pack, rank
 from vlkd_jax.decoding.sampling import greedy, sample
 from vlkd_jax.types import Array, ArrayLike, Bool, Int
@@ -33,6 +33,7 @@ __all__ = [
     "Candidates",
     "Decoder",
     "Decoding",
+    "DecodingOptions",
     "Memory",
     "beam",
     "decode",

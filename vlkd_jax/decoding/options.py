@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from vlkd_jax.errors import UserError
 
 METHODS = ("greedy", "beam", "sample")
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The fields of `Decoding`, as they are given by name."""
+
+    method: Literal["greedy", "beam", "sample"]
+    max_new_tokens: int
+    min_new_tokens: int
+    no_repeat_ngram: int
+    returns: int
+    beams: int
+    length_penalty: float
+    early_stopping: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
