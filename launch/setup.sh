@@ -27,7 +27,7 @@ vlkd_fingerprint() { # KIND: changes with the requirements, the package metadata
   (
     cd "$VLKD_ROOT" || exit
     cat requirements.txt requirements.lock pyproject.toml
-    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock requirements-transformers4.txt requirements-libtpu.txt requirements-beam.txt
+    [[ $1 != dev ]] || cat requirements-dev.txt requirements-dev.lock requirements-transformers4.txt requirements-libtpu.txt requirements-beam.txt requirements-lmms-eval.txt
     printf '%s\n' "$VLKD_ROOT"
   ) | "${sum[@]}" | cut -d ' ' -f 1
 }
@@ -128,9 +128,9 @@ vlkd_install() { # KIND
   vlkd_pip "${files[@]}"
   vlkd_pip --no-deps --editable "$(vlkd_source)"
   if [[ $1 == dev ]]; then # found where PYTHONPATH says so: what it needs beside these is the environment's
-    vlkd_pip --no-deps --upgrade --target "$vlkd_venv/transformers4" -r "$VLKD_ROOT/requirements-transformers4.txt"
-    vlkd_pip --no-deps --upgrade --target "$vlkd_venv/libtpu" -r "$VLKD_ROOT/requirements-libtpu.txt"
-    vlkd_pip --no-deps --upgrade --target "$vlkd_venv/beam" -r "$VLKD_ROOT/requirements-beam.txt"
+    for name in transformers4 libtpu beam lmms-eval; do
+      vlkd_pip --no-deps --upgrade --target "$vlkd_venv/$name" -r "$VLKD_ROOT/requirements-$name.txt"
+    done
   fi
   for name in runtime "$1"; do
     vlkd_fingerprint "$name" >"$vlkd_venv/.stamp-$name"

@@ -91,6 +91,7 @@ def make_checkout(tmp_path: Path) -> Path:
         "requirements-transformers4.txt",
         "requirements-libtpu.txt",
         "requirements-beam.txt",
+        "requirements-lmms-eval.txt",
         "pyproject.toml",
     ):
         shutil.copy(ROOT / name, root)
