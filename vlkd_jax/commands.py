@@ -57,6 +57,27 @@ BEAM = text("beam", "OPTIONS", 'an Apache Beam pipeline does the work: "--runner
 
 _ALL = (
     Command(
+        "init",
+        module="vlkd_jax.init",
+        summary="a commented config for your own pictures",
+        description="Looks at your captions, pictures and models and writes DIR/config.py, a commented config for "
+        "training on them, with lengths and numbers of steps that fit; tells what comes next.",
+        options=(
+            argument("directory", "DIR"),
+            text(
+                "captions",
+                "FILE",
+                "COCO captions .json, .jsonl (image, caption) or .tsv (image, caption)",
+                required=True,
+            ),
+            text("images", "FOLDER", "where the pictures lie that it names", required=True),
+            text("clip", "MODEL", "the teacher: a directory, or hf:openai/clip-vit-base-patch16", required=True),
+            text("bart", "MODEL", "the student's start: a directory, or hf:facebook/bart-base", required=True),
+        ),
+        example="mine --captions=captions.tsv --images=photos --clip=models/clip --bart=models/bart",
+        needs_device=False,
+    ),
+    Command(
         "train",
         module="vlkd_jax.train",
         summary="train by a config; the same command again resumes",
