@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from vlkd_jax import processes, runtime
+from vlkd_jax import runtime
 
 LINE_SECONDS = 10.0
 """How often a line says how far work is, where there is no terminal."""
@@ -84,7 +84,7 @@ def progress(name: str, total: int, unit: str, before: int = 0, everywhere: bool
     Yields:
       A function to call with how many units are done.
     """
-    if sys.stdout.isatty() and processes.is_first():
+    if sys.stdout.isatty() and not runtime.process_index():
         with _bar(name, total, unit, before) as tell:
             yield tell
         return

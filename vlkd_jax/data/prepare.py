@@ -171,7 +171,7 @@ def main(values: SimpleNamespace) -> None:
     """Entry point."""
     columns = Columns(values.image, values.caption, values.images, values.names)
     names = [field.name for field in dataclasses.fields(Options)]
-    options = Options(**{name: values[name].value for name in names})
+    options = Options(**{name: getattr(values, name) for name in names})
     output = Path(values.output)
     beam = None if values.beam is None else shlex.split(values.beam)
     source = Path(values.source)
