@@ -264,10 +264,15 @@ def test_questions_are_plain_text(exported, student, question):
 
 @pytest.fixture(scope="module")
 def exports(student, exported, tmp_path_factory):
-    """Directories by name: as the paper, and all that is special."""
-    directory = tmp_path_factory.mktemp("special") / "HF"
-    export(make_student(student.clip_text.directory.parent, **VARIANTS["hidden"]), directory, "bfloat16")
-    return {"plain": exported, "special": directory}
+    """Directories by name: as the paper, all that is special, and of parents with vocab.json and merges.txt alone."""
+    directory, parents = tmp_path_factory.mktemp("special"), student.clip_text.directory.parent
+    export(make_student(parents, **VARIANTS["hidden"]), directory / "HF", "bfloat16")
+    shutil.copytree(parents, directory / "parents")
+    for file in directory.glob("parents/*/tokenizer*.json"):
+        file.unlink()
+    export(make_student(directory / "parents"), directory / "bare")
+    assert "local_files_only" not in (directory / "bare" / "tokenizer_config.json").read_text()
+    return {"plain": exported, "special": directory / "HF", "bare": directory / "bare"}
 
 
 @pytest.mark.parity
@@ -292,7 +297,7 @@ def test_both_transformers_read_it(exports, tmp_path, release, how):
         model = VLKDForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         for part, value in outputs(model, VLKDProcessor.from_pretrained(directory), directory).items():
             np.testing.assert_allclose(read[f"{name} {part}"], value, rtol=1e-5, atol=1e-4, err_msg=f"{name} {part}")
-        assert str(read[f"{name} as stored"]) == {"plain": "torch.float32", "special": "torch.bfloat16"}[name]
+        assert str(read[f"{name} as stored"]) == ("torch.bfloat16" if name == "special" else "torch.float32")
 
 
 def test_the_class_is_known_to_the_auto_classes(exported):

@@ -6,6 +6,7 @@ characters, and `<s>`, `</s>` and `<mask>` are added as ids.
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -62,6 +63,10 @@ class BartText:
         self.vocab_size = _number_of_ids(self._tokenizer)
         self._backend = _plain_text_backend(self._tokenizer)
 
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        _save(self._tokenizer, directory)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without `<s>` and `</s>`."""
         return self._backend.encode(_printable(text), add_special_tokens=False).ids
@@ -108,6 +113,10 @@ class ClipText:
         self.vocab_size = _number_of_ids(self._tokenizer)
         self._backend = _plain_text_backend(self._tokenizer)
 
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        _save(self._tokenizer, directory)
+
     def encode(self, text: str) -> list[int]:
         """`<|startoftext|>` text `<|endoftext|>`."""
         return [self.bos, *self._backend.encode(_printable(text), add_special_tokens=False).ids, self.eos]
@@ -127,6 +136,16 @@ def _load(kind: type, directory: str | Path):
         return kind.from_pretrained(str(directory), local_files_only=True)
     except Exception as e:  # the tokenizers library raises bare Exception for a file it cannot parse
         raise UserError(f"{directory}: the tokenizer cannot be read ({e}); copy its files again") from e
+
+
+def _save(tokenizer, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    kept = {
+        name: value for name, value in values.items() if name not in ("is_local", "local_files_only")
+    }  # of this machine
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _number_of_ids(tokenizer) -> int:

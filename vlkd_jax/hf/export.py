@@ -19,6 +19,7 @@ from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import say
 from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.hf.card import model_card
 from vlkd_jax.hf.load import PROCESSOR
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
@@ -52,17 +53,24 @@ def export(
     """
     new_directory(output)
     parents = {"clip": model.clip_text.directory, "bart": model.bart_text.directory}
-    copy_tokenizer(parents["bart"], output)
-    copy_tokenizer(parents["clip"], output / CLIP_TOKENIZER)
+    _write_tokenizer(model.bart_text, output)
+    _write_tokenizer(model.clip_text, output / CLIP_TOKENIZER)
     params = jax.device_get({"student": model.params, "clip": model.clip_params})
     save_bart(output / "bart", model.config.bart, params["student"]["bart"], dtype)
-    copy_tokenizer(parents["bart"], output / "bart")
+    _write_tokenizer(model.bart_text, output / "bart")
     shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), output / f"{MODELING}.py")
     write_json(output / PROCESSOR, processor_values(model.prompts))
     write_json(output / RUN, {"config": run or {}, "identity": model.identity, "command": command})
     card = model_card(model.config, run or {}, parents, command, evaluation)
     write_atomic(output / "README.md", card.encode())
     save_student(output, model.config, params, model.bart_text.vocab_size, dtype)
+
+
+def _write_tokenizer(text: BartText | ClipText, directory: Path) -> None:
+    """Its files as they are; of one that lies in vocab.json and merges.txt alone also what PyTorch's side reads."""
+    copy_tokenizer(text.directory, directory)
+    if not (directory / "tokenizer.json").is_file():
+        text.save(directory)
 
 
 def main(values: SimpleNamespace) -> None:
