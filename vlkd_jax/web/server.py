@@ -31,7 +31,7 @@ from vlkd_jax.console import say
 from vlkd_jax.data.images import open_image
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals.markup import picture_uri
-from vlkd_jax.vlkd import VLKD
+from vlkd_jax.vlkd import BUILTIN_STUDENT, VLKD
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -296,7 +296,7 @@ def main(values: SimpleNamespace) -> None:
     port = listener.getsockname()[1]
     is_local = values.host in ("127.0.0.1", "localhost", "::1")
     app = create_app(model, limits, ("127.0.0.1", "localhost", "[::1]") if is_local else ("*",))
-    say(f"{values.model} answers at http://{values.host}:{port}/ (schema: /openapi.json); Ctrl-C ends it")
+    say(f"{values.model or BUILTIN_STUDENT} answers at http://{values.host}:{port}/ (schema: /openapi.json); Ctrl-C ends it")
     if not is_local:
         say("anybody who reaches this address can use it: there is no login and no encryption")
     # uvloop would take the signals' pipe from vlkd_jax.runtime
