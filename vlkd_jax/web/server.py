@@ -296,7 +296,8 @@ def main(values: SimpleNamespace) -> None:
     port = listener.getsockname()[1]
     is_local = values.host in ("127.0.0.1", "localhost", "::1")
     app = create_app(model, limits, ("127.0.0.1", "localhost", "[::1]") if is_local else ("*",))
-    say(f"{values.model or BUILTIN_STUDENT} answers at http://{values.host}:{port}/ (schema: /openapi.json); Ctrl-C ends it")
+    address = f"http://{values.host}:{port}/"
+    say(f"{values.model or BUILTIN_STUDENT} answers at {address} (schema: {address}openapi.json); Ctrl-C ends it")
     if not is_local:
         say("anybody who reaches this address can use it: there is no login and no encryption")
     # uvloop would take the signals' pipe from vlkd_jax.runtime
