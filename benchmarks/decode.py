@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +77,6 @@ class Bench:
         return self.reader.answer(prefix, prompts, options)
 
 
-def rates() -> dict[str, float]:
-    """FLOP/s of a float32 matrix product, and bytes/s read by a sum."""
-    a, values = jnp.ones((2048, 2048)), jnp.ones(2**27)
-    product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
-    runs = {
-        "product": lambda: jax.block_until_ready(product(a, a)),
-        "sum": lambda: jax.block_until_ready(total(values)),
-    }
-    seconds = {name: statistics.median(values) for name, values in timing.alternate(runs, 5).items()}
-    return {"flops": 2 * 2048**3 / seconds["product"], "bytes": 4 * 2**27 / seconds["sum"]}
-
-
 def floor(bench: Bench, machine: dict[str, float], options: Decoding, each: int, with_vision: bool) -> float:
     """Seconds: vision and text encoder at the matmul rate, and for each step the greater of arithmetic and bytes."""
     workload, params, rows = bench.workload, bench.params, bench.batch * each
@@ -115,8 +99,14 @@ def floor(bench: Bench, machine: dict[str, float], options: Decoding, each: int,
 
 
 def measure(bench: Bench, machine: dict[str, float], options: Decoding, each: int, place: str, rounds: int) -> dict:
-    """One row: medians in seconds, questions a second, how many times faster ours is, and the floor."""
-    prompts = bench.workload.prompts(np.random.default_rng(SEED + each), bench.batch * each, ask=True)
+    """One row: medians in seconds, texts a second, how many times faster ours is, and the floor.
+
+    Args:
+      each: questions about each picture; 0: it is captioned.
+    """
+    rows, asks = bench.batch * max(each, 1), each > 0
+    prompts = bench.workload.prompts(np.random.default_rng(SEED + each), rows, ask=each > 0)
+    each = max(each, 1)
     in_torch, tokens = peer.tensors(prompts._asdict(), torch.device("cpu")), {"ours": None, "theirs": None}
     if place == "features":
         with torch.inference_mode():
@@ -132,11 +122,11 @@ def measure(bench: Bench, machine: dict[str, float], options: Decoding, each: in
     return {
         "method": f"beam {options.beams}" if options.method == "beam" else options.method,
         "from": place,
-        "questions_an_image": each,
+        "questions_an_image": each if asks else "caption",
         "ours_seconds": ours,
         "theirs_seconds": statistics.median(seconds["theirs"]),
         "times_faster": timing.ratio(seconds, "theirs", "ours"),
-        "ours_questions_per_second": bench.batch * each / ours,
+        "ours_per_second": rows / ours,
         "floor_seconds": floor(bench, machine, options, each, place == "pixels"),
         "same_tokens": same,
         "rounds": seconds,
@@ -153,15 +143,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    bench, machine = Bench(options.size, options.batch), rates()
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-    }
-    result: dict[str, Any] = {"settings": vars(options) | {"output": None}, **about, "machine": machine, "rows": []}
+    bench, machine = Bench(options.size, options.batch), timing.machine_rates()
+    result: dict[str, Any] = timing.circumstances(options) | {"machine": machine, "rows": []}
     print(f"{machine['flops'] / 1e9:.0f} GFLOP/s, {machine['bytes'] / 1e9:.1f} GB/s", flush=True)
     greedy, beam = Decoding(max_new_tokens=options.new), Decoding("beam", max_new_tokens=options.new)
     for method, place, each in (
@@ -171,6 +154,9 @@ def main() -> None:
         (beam, "features", 1),
         (greedy, "pixels", 5),
         (greedy, "features", 5),
+        (beam, "pixels", 5),
+        (beam, "features", 5),
+        (beam, "pixels", 0),
     ):
         row = measure(bench, machine, method, each, place, options.rounds)
         result["rows"].append(row)

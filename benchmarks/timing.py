@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import math
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -31,6 +36,31 @@ def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
     """How many times faster `fast` is than `slow`: the median over the rounds of what one round gives."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def machine_rates() -> dict[str, float]:
+    """FLOP/s of a float32 matrix product on this machine, and bytes/s read by a sum."""
+    a, values = jnp.ones((2048, 2048)), jnp.ones(2**27)
+    product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    runs = {
+        "product": lambda: jax.block_until_ready(product(a, a)),
+        "sum": lambda: jax.block_until_ready(total(values)),
+    }
+    seconds = {name: statistics.median(values) for name, values in alternate(runs, 5).items()}
+    return {"flops": 2 * 2048**3 / seconds["product"], "bytes": 4 * 2**27 / seconds["sum"]}
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """What a figure depends on: the date, the machine, versions and the script's options."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **versions,
+        "settings": {name: value for name, value in vars(options).items() if name not in ("output", "peak")},
+    }
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:

@@ -16,7 +16,7 @@ import click
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vlkd_jax import runtime
+from vlkd_jax import compile_cache, runtime
 from vlkd_jax.commands import PROCESSES
 from vlkd_jax.config import config_path
 from vlkd_jax.errors import UserError
@@ -90,11 +90,14 @@ def _start(command: Command, values: SimpleNamespace) -> None:
     if not command.needs_device:
         return
     if not set(PROCESSES) <= set(command.params):
+        compile_cache.use_cache()
         _check_devices()
         return
     from vlkd_jax import cluster
 
     cluster.initialize(*(getattr(values, option.name) for option in PROCESSES), _check_devices)
+    if runtime.process_index() is None:  # several processes need one that all of them see
+        compile_cache.use_cache()
     _check_devices()
     cluster.check_started()
 

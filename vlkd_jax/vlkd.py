@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlkd_jax import predict, processes, sharding
-from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import BUILTIN, HUB, model_directory, with_defaults
 from vlkd_jax.configs.base import PROMPTS
 from vlkd_jax.data.images import resize_and_crop
@@ -39,7 +38,6 @@ from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
 from vlkd_jax.predict import Scored
-from vlkd_jax.runs import load_run, run_config
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
@@ -174,6 +172,9 @@ class VLKD:
           UserError: no run there, no checkpoint yet, the models have moved or changed, or the run is not of objective
             vlkd.
         """
+        from vlkd_jax.checkpoint import Checkpoints  # Orbax takes a second, and an export needs none of it
+        from vlkd_jax.runs import load_run, run_config
+
         mesh = one_device() if mesh is None else mesh
         task, params, step = load_run(directory, clip, bart, mesh)
         if task.teacher is None:

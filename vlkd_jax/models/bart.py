@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -222,6 +224,25 @@ class Bart(nn.Module):
     ) -> Float[Array, "B S D"]:
         """The encoder's last hidden state. Raises UserError when S is too long."""
         return self.encoder(self._embed(input_ids), mask, deterministic)
+
+    def encode_all(
+        self, texts: Sequence[tuple[Int[ArrayLike, "B _"], Bool[ArrayLike, "B _"]]], deterministic: bool = True
+    ) -> list[Float[Array, "B _ D"]]:
+        """`encode` of several texts (ids, mask) for each of B rows, in one pass.
+
+        The weights are read once, and their gradient is summed, over devices too, once. A row's texts stand beside one
+        another, so that rows stay on the devices that hold them.
+        """
+        widths = [ids.shape[1] for ids, _ in texts]
+
+        def beside(parts: Iterable[Array], filling: int) -> Array:
+            widened = (jnp.pad(x, ((0, 0), (0, max(widths) - x.shape[1])), constant_values=filling) for x in parts)
+            return jnp.stack(list(widened), 1).reshape(-1, max(widths))
+
+        ids, masks = zip(*texts)
+        hidden = self.encode(beside(ids, self.config.pad_token_id), beside(masks, False), deterministic)
+        hidden = hidden.reshape(-1, len(texts), *hidden.shape[1:])
+        return [hidden[:, k, :width] for k, width in enumerate(widths)]
 
     def decode(
         self,

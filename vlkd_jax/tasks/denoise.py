@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -12,7 +13,7 @@ from vlkd_jax.hf.load import load_bart
 from vlkd_jax.models.bart import Bart, join_memory, shift_right
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import Frozen, Rng, Task, Terms
-from vlkd_jax.types import Array, Batch, ConfigDict, Key, Params
+from vlkd_jax.types import Array, ArrayLike, Batch, Bool, ConfigDict, Float, Int, Key, Params
 
 
 def make_task(config: ConfigDict) -> Task:
@@ -54,11 +55,21 @@ def denoise_terms(bart: Bart, batch: Batch, rng: Rng) -> Terms:
 
     Lewis et al. 2020, section 2.2. Terms: `denoise`, the loss, and `token_accuracy`.
     """
+    return restoring_terms(bart, batch, bart.encode_all(read_texts(batch), deterministic=rng is None), rng)
+
+
+def read_texts(batch: Batch) -> list[tuple[Int[ArrayLike, "B _"], Bool[ArrayLike, "B _"]]]:
+    """The texts (ids, mask) that the encoder reads of a text-only batch: the corrupted one, and a context if any."""
+    context = [] if batch.context_ids is None else [(batch.context_ids, batch.context_mask)]
+    return [(batch.source_ids, batch.source_mask), *context]
+
+
+def restoring_terms(bart: Bart, batch: Batch, states: Sequence[Float[Array, "B _ D"]], rng: Rng) -> Terms:
+    """`denoise_terms` from the encoder's states of `read_texts`."""
     deterministic = rng is None
-    memory, mask = bart.encode(batch.source_ids, batch.source_mask, deterministic=deterministic), batch.source_mask
+    memory, mask = states[0], batch.source_mask
     if batch.context_ids is not None:
-        context = bart.encode(batch.context_ids, batch.context_mask, deterministic=deterministic)
-        memory, mask = join_memory((context, batch.context_mask), (memory, mask))
+        memory, mask = join_memory((states[1], batch.context_mask), (memory, mask))
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
     hidden = bart.decode(inputs, memory, mask, deterministic=deterministic)
     loss, accuracy = losses.icti(hidden, *bart.output_table(), batch.text_ids, batch.target_mask)

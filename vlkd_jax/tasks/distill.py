@@ -22,7 +22,7 @@ from vlkd_jax.models.clip import Clip, ClipImageOutput, normalize_pixels
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipResNetConfig
 from vlkd_jax.models.layers import l2_normalize
 from vlkd_jax.models.vlkd import HIDDEN, NEW, Student, StudentConfig
-from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs
+from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs, read_texts, restoring_terms
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
 from vlkd_jax.types import Array, Batch, ConfigDict, DTypeLike, Float, Float32, Key, Params, TeacherOutputs
@@ -223,10 +223,11 @@ def _student_terms(
 ) -> Terms:
     """The terms of a bound student."""
     tokens, image, text = teacher
-    clean = student.encode(batch.text_ids, batch.text_mask, deterministic=rng is None)
+    texts = [(batch.text_ids, batch.text_mask), (batch.source_ids, batch.source_mask)]
+    texts += read_texts(batch.replay) if batch.replay is not None else []
+    clean, corrupted, *replayed = student.bart.encode_all(texts, deterministic=rng is None)
     sentence = student.embed_sentence(clean, batch.text_mask)
     near = sentence if distillation.unit else student.embed_sentence(clean, batch.text_mask, unit=False)
-    corrupted = student.encode(batch.source_ids, batch.source_mask, deterministic=rng is None)
     memory, mask = student.memory(student.image_prefix(tokens), corrupted, batch.source_mask)
     hidden = student.decode(batch.text_ids, memory, mask, deterministic=rng is None)
     scale = student.scale() if distillation.learned_scale else clip_scale
@@ -236,7 +237,7 @@ def _student_terms(
         "icti": losses.icti(hidden, *student.bart.output_table(), batch.text_ids, batch.target_mask)[0],
     }
     if batch.replay is not None:
-        terms["denoise"] = denoise_terms(student.bart, batch.replay, rng)["denoise"]
+        terms["denoise"] = restoring_terms(student.bart, batch.replay, replayed, rng)["denoise"]
     return terms
 
 
