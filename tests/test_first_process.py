@@ -24,7 +24,8 @@ from vlkd_jax import metrics, runtime
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.runner import write_rows
 from vlkd_jax.identity import check_inputs, hash_inputs, read_inputs, record_inputs
-from vlkd_jax.metrics import MetricWriter, say
+from vlkd_jax.console import say
+from vlkd_jax.metrics import MetricWriter
 from vlkd_jax.workdir import claim
 
 workdir, assets, port, index = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -130,7 +131,7 @@ def test_who_speaks(monkeypatch, capsys, index, everywhere, expected):
 def test_speaking_starts_no_backend():
     code = """
 from jax._src import xla_bridge
-from vlkd_jax.metrics import say
+from vlkd_jax.console import say
 from vlkd_jax.runtime import set_process
 say("one")
 say("two", everywhere=True)
