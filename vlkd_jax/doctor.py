@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from vlkd_jax import cluster, entry, processes, sharding
 from vlkd_jax.commands import COMMANDS, PROCESSES
+from vlkd_jax.compile_cache import use_cache
 from vlkd_jax.console import say
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.optim import make_optimizer
@@ -245,10 +246,14 @@ def shared_memory() -> Iterator[Finding]:
 
 def compile_cache() -> Iterator[Finding]:
     """The persistent compilation cache: with one, a run that starts again compiles nothing."""
+    if jax.process_count() == 1:  # as every command does
+        use_cache()
     place = jax.config.jax_compilation_cache_dir
     if not place:
-        mend = "set JAX_COMPILATION_CACHE_DIR to a directory that stays, on a pod one that all machines see"
-        yield Finding("compile cache", NOTE, "none: every start compiles anew", mend)
+        mend = (
+            "set JAX_COMPILATION_CACHE_DIR to a directory that stays, for several processes one that all machines see"
+        )
+        yield Finding("compile cache", NOTE, "none: every start of several processes compiles anew", mend)
     elif is_remote(place):
         yield Finding("compile cache", OK, place)
     elif os.access(place, os.W_OK) or not os.path.exists(place):
