@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+PAUSE = 0.5
+"""Seconds before each run: threads of the rival's pool spin on for a while when its work is done."""
+
 
 def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run in each round, one after the other in every round, after one round that does not count.
@@ -27,6 +30,7 @@ def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
