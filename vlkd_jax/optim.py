@@ -39,20 +39,6 @@ def decayed(params: Params) -> Params:
     return flax.traverse_util.path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as one factor (Pascanu et al. 2013).
-
-    Optax divides every gradient by the norm; XLA writes what was divided to memory before it is read again, and fuses a
-    product into what reads it.
-    """
-
-    def clip(updates: Params, _: Params | None) -> Params:
-        factor = jnp.minimum(1.0, max_norm / optax.global_norm(updates))
-        return jax.tree.map(lambda gradient: gradient * factor, updates)
-
-    return optax.stateless(clip)
-
-
 def make_optimizer(config: ConfigDict, steps: int, new: Collection[str]) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019; decay scaled by the learning rate) for a train state's parameters.
 
@@ -64,7 +50,7 @@ def make_optimizer(config: ConfigDict, steps: int, new: Collection[str]) -> opta
     rates = {"model": schedule(config, config.lr, steps), "linears": schedule(config, config.lr_linears, steps)}
     label = functools.partial(groups, new=tuple(new))
     return optax.chain(
-        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
         optax.partition({k: optax.scale_by_learning_rate(rate) for k, rate in rates.items()}, label),
