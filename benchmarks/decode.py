@@ -9,7 +9,6 @@ is there already. The floor is what the arithmetic and the bytes take at this ma
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import statistics
@@ -135,12 +134,8 @@ def measure(bench: Bench, machine: dict[str, float], options: Decoding, each: in
 
 def main() -> None:
     """Measures every row and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="base", choices=("tiny", "base", "large"))
-    parser.add_argument("--batch", type=int, default=8, help="pictures")
+    parser = timing.parser(__doc__, batch=8, what="pictures", rounds=5)
     parser.add_argument("--new", type=int, default=16, help="new tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     bench, machine = Bench(options.size, options.batch), timing.machine_rates()

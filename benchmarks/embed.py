@@ -8,10 +8,7 @@ embeddings are compared. The peer is Hugging Face's BART encoder with SDPA atten
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +25,8 @@ TOLERANCE = 1e-4
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="base", choices=("tiny", "base", "large"))
-    parser.add_argument("--batch", type=int, default=64, help="texts")
+    parser = timing.parser(__doc__, batch=64, what="texts", rounds=7)
     parser.add_argument("--tokens", type=int, default=32, help="of a text, padding included")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     workload, rng = Workload.of(options.size, jnp.float32), np.random.default_rng(SEED)
@@ -67,9 +60,7 @@ def main() -> None:
         "times_faster": timing.ratio(seconds, "peer", "ours"),
         "floor_texts_per_second": options.batch / (flops / timing.machine_rates()["flops"]),
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result | {"seconds": seconds}, indent=1) + "\n")
+    timing.tell(result, options.output, seconds=seconds)
 
 
 if __name__ == "__main__":

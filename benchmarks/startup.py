@@ -9,7 +9,6 @@ programs compiled before, and the same picture, student and decoding by Hugging 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -73,9 +72,7 @@ def main() -> None:
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "times_faster": timing.ratio(seconds, "first caption, Hugging Face", "first caption"),
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result | {"rounds": seconds}, indent=1) + "\n")
+    timing.tell(result, options.output, rounds=seconds)
 
 
 if __name__ == "__main__":

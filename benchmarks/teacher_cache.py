@@ -10,7 +10,6 @@ decoding pictures, which a cache saves too, is not in it. Losses are compared wi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -92,9 +91,7 @@ def main() -> None:
             name: {k: values[k] for k in ("ttdm", "itcl", "icti", "grad_norm")} for name, values in losses.items()
         },
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result | {"seconds": seconds}, indent=1) + "\n")
+    timing.tell(result, options.output, seconds=seconds)
 
 
 if __name__ == "__main__":

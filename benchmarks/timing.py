@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +67,27 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         **versions,
         "settings": {name: value for name, value in vars(options).items() if name not in ("output", "peak")},
     }
+
+
+def parser(doc: str, batch: int, what: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that scripts share: size of the models, `batch` of `what`, rounds, a file for the figures.
+
+    Args:
+      doc: of the script, whose first line says what it is for.
+    """
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--size", default="base", choices=("tiny", "base", "large"))
+    made.add_argument("--batch", type=int, default=batch, help=what)
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--output", type=Path, help="JSON file for the figures")
+    return made
+
+
+def tell(result: dict[str, Any], output: Path | None, **more: Any) -> None:
+    """Prints a script's figures, and writes them, with what is too long to be printed, where a file is given."""
+    print(json.dumps(result, indent=1))
+    if output:
+        output.write_text(json.dumps(result | more, indent=1) + "\n")
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:

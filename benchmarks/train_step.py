@@ -109,12 +109,8 @@ def _drawn_by_torch(workload: Workload) -> tuple[peer.Teacher, peer.Student]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="base", choices=("tiny", "base", "large"))
-    parser.add_argument("--batch", type=int, default=8, help="pairs")
+    parser = timing.parser(__doc__, batch=8, what="pairs", rounds=5)
     parser.add_argument("--caption", type=int, default=32, help="BART tokens, padding included")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--peak", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -160,9 +156,7 @@ def main() -> None:
         "gflop_a_step": flops / 1e9,
         "floor_seconds": flops / timing.machine_rates()["flops"],
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result | {"seconds": seconds}, indent=1) + "\n")
+    timing.tell(result, options.output, seconds=seconds)
 
 
 if __name__ == "__main__":

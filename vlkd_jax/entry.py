@@ -1,4 +1,4 @@
-"""What every entry point shares: flags read, one line for a user's mistake, the exit codes of `options.EXIT_CODES`."""
+"""What every entry point shares: options read, one line for a mistake, the exit codes of `options.EXIT_CODES`."""
 
 from __future__ import annotations
 
