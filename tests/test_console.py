@@ -47,6 +47,14 @@ def test_lines_of_progress_in_a_file(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_what_a_program_reads_stays_clean(capsys):
+    for is_read_by_program in (True, False):
+        with console.aside(is_read_by_program):
+            console.say("a line")
+    print("{}")
+    assert capsys.readouterr() == ("a line\n{}\n", "a line\n")
+
+
 BAR = """
 from vlkd_jax import console, runtime
 with console.progress("vqa", 4, "rows") as tell:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import compression, processes, sharding
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.console import progress, say
+from vlkd_jax.console import aside, progress, say
 from vlkd_jax.data.builder import locked
 from vlkd_jax.data.pipeline import Encoder, read_ahead
 from vlkd_jax.data.sources import read_json
@@ -293,7 +293,8 @@ def _finish(layout: Layout, plan: dict[str, Any]) -> dict[str, Any]:
 def main(values: SimpleNamespace) -> None:
     """Entry point."""
     output = Path(values.output)
-    manifest = cache_teacher(values.config, output, values.dtype)
+    with aside(values.json):
+        manifest = cache_teacher(values.config, output, values.dtype)
     if values.json:
         print(json.dumps(manifest))
         return

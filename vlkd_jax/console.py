@@ -36,6 +36,11 @@ def say(text: str, everywhere: bool = False) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def aside(is_read_by_program: bool) -> contextlib.AbstractContextManager[object]:
+    """While the block runs, what is said goes to standard error where a program reads the other: `--json`."""
+    return contextlib.redirect_stdout(sys.stderr) if is_read_by_program else contextlib.nullcontext()
+
+
 def duration(seconds: float) -> str:
     """`2:31`, or with hours `1:02:31`."""
     minutes, seconds = divmod(int(seconds), 60)

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import aside
 from vlkd_jax.data.builder import Written, build
 from vlkd_jax.data.images import MAX_ASPECT, check_header, open_image
 from vlkd_jax.data.inputs import Columns, Part, Sample, parts, read
@@ -175,7 +176,8 @@ def main(values: SimpleNamespace) -> None:
     output = Path(values.output)
     beam = None if values.beam is None else shlex.split(values.beam)
     source = Path(values.source)
-    manifest = prepare(source, output, columns, options, values.workers, values.max_unusable, beam)
+    with aside(values.json):
+        manifest = prepare(source, output, columns, options, values.workers, values.max_unusable, beam)
     if values.json:
         print(json.dumps(manifest))
         return

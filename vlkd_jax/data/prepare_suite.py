@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.console import aside
 from vlkd_jax.data.builder import Written, build
 from vlkd_jax.data.images import open_image
 from vlkd_jax.data.inputs import Part
@@ -126,7 +127,8 @@ def prepare_suite(
 def main(values: SimpleNamespace) -> None:
     """Entry point."""
     beam = None if values.beam is None else shlex.split(values.beam)
-    manifest = prepare_suite(values.config, Path(values.output), values.workers, beam)
+    with aside(values.json):
+        manifest = prepare_suite(values.config, Path(values.output), values.workers, beam)
     if values.json:
         print(json.dumps(manifest))
         return

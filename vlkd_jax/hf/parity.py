@@ -7,10 +7,8 @@ built-in world. Writes HF/parity.json and the model card's section of it. PyTorc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -388,7 +386,7 @@ def main(values: SimpleNamespace) -> None:
         raise UserError(f"{directory / CONFIG}: not an exported student; vlkd export writes one")
     if find_spec("torch") is None:
         raise UserError("vlkd parity needs torch, which is not installed: pip install torch")
-    with contextlib.redirect_stdout(sys.stderr if values.json else sys.stdout):
+    with console.aside(values.json):
         parity = measure(directory, make_prompts())
     write_json(directory / PARITY, parity)
     card = directory / "README.md"
