@@ -235,7 +235,7 @@ class Bart(nn.Module):
         """
         widths = [ids.shape[1] for ids, _ in texts]
 
-        def beside(parts: Iterable[Array], filling: int) -> Array:
+        def beside(parts: Iterable[ArrayLike], filling: int) -> Array:
             widened = (jnp.pad(x, ((0, 0), (0, max(widths) - x.shape[1])), constant_values=filling) for x in parts)
             return jnp.stack(list(widened), 1).reshape(-1, max(widths))
 
