@@ -8,7 +8,9 @@ embeddings are compared. The peer is Hugging Face's BART encoder with SDPA atten
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,24 @@ from benchmarks.workload import Workload, texts
 TOLERANCE = 1e-4
 
 
+def our_program(workload: Workload) -> Callable[..., jax.Array]:
+    """(params, ids, mask) -> the texts' unit embeddings, float32 [B, E]; jitted."""
+
+    def embed(student, ids, mask):
+        return student.embed_sentence(student.encode(ids, mask), mask)
+
+    return jax.jit(lambda params, ids, mask: workload.student.apply({"params": params}, ids, mask, method=embed))
+
+
+@torch.inference_mode()
+def their_embeddings(student: peer.Student, inputs: peer.Tensors, autocast: bool = False) -> torch.Tensor:
+    """The same of `inputs` "ids" and "mask" by Hugging Face's encoder."""
+    with torch.autocast(inputs["ids"].device.type, torch.bfloat16, enabled=autocast):
+        hidden = student.bart.model.encoder(inputs["ids"], attention_mask=inputs["mask"]).last_hidden_state
+    state = hidden[torch.arange(len(hidden)), inputs["mask"].sum(1) - 1].float()
+    return torch.nn.functional.normalize(state @ student.sentence_projection.T, dim=-1)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = timing.parser(__doc__, batch=64, what="texts", rounds=7)
@@ -34,19 +54,8 @@ def main() -> None:
     _, student = make_peer(workload, params, frozen)
     lengths = rng.integers(options.tokens // 4, options.tokens + 1, options.batch)
     ids, mask = texts(rng, lengths, options.tokens, workload.bart)
-
-    def embed(student, ids, mask):
-        return student.embed_sentence(student.encode(ids, mask), mask)
-
-    program = jax.jit(lambda params, ids, mask: workload.student.apply({"params": params}, ids, mask, method=embed))
-    inputs = peer.tensors({"ids": ids, "mask": mask}, torch.device("cpu"))
-
-    @torch.inference_mode()
-    def theirs() -> torch.Tensor:
-        hidden = student.bart.model.encoder(inputs["ids"], attention_mask=inputs["mask"]).last_hidden_state
-        state = hidden[torch.arange(len(hidden)), inputs["mask"].sum(1) - 1]
-        return torch.nn.functional.normalize(state @ student.sentence_projection.T, dim=-1)
-
+    program, inputs = our_program(workload), peer.tensors({"ids": ids, "mask": mask}, torch.device("cpu"))
+    theirs = functools.partial(their_embeddings, student, inputs)
     runs = {"ours": lambda: jax.block_until_ready(program(params, ids, mask)), "peer": theirs}
     gap = float(np.abs(np.asarray(runs["ours"]()) - theirs().numpy()).max())
     if gap > TOLERANCE:

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks import peer, timing
-from benchmarks.workload import OPTIMIZER, Prompts, Workload, answer, image_memory
+from benchmarks import embed, peer, timing
+from benchmarks.teacher_cache import cached
+from benchmarks.workload import OPTIMIZER, Prompts, Workload, answer, image_memory, texts
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.hf.save import save_bart, save_clip
 from vlkd_jax.types import Batch, Params
@@ -43,8 +44,8 @@ BATCHES = {"tiny": (4, 8), "base": (64, 256), "large": (64, 256)}
 PARITY_SIZE = {"tiny": "tiny", "base": "base", "large": "base"}
 CAPTION, PARITY_CAPTION = 32, 16
 """BART tokens of a caption in a timed step and in a checked one."""
-STEPS, ROUNDS = 3, 10
-"""Steps of a timed run, which ends with one synchronisation, and how often it is run."""
+STEPS, ROUNDS, BEAM_ROUNDS = 3, 10, 5
+"""Steps of a timed run, which ends with one synchronisation, and how often it is run, and a beam search."""
 BFLOAT16 = {"ours": jnp.bfloat16, "peer": torch.bfloat16}
 SEED = 0
 
@@ -298,27 +299,76 @@ def _time_training(bench: Bench, rows: int) -> None:
     bench.report.row("train", name, **row, seconds=seconds)
 
 
+def time_cached(bench: Bench) -> None:
+    """Our step at the first batch size, with the teacher and from a bfloat16 cache of its outputs."""
+    ours, rows = bench.trainers[0], BATCHES[bench.size][0]
+    live = [ours.workload.batch(bench.rng, rows, CAPTION) for _ in range(2)]
+    from_cache = [cached(ours.workload, ours.frozen["clip"], batch, "bfloat16") for batch in live]
+    ours.prepare(live)  # compiled already, after "train"
+    step = jax.jit(ours.workload.train_step(), donate_argnums=0)
+    losses = {}
+
+    def run_cached() -> None:
+        for k in range(STEPS):
+            ours.state, losses["cached"] = step(ours.state, ours.frozen, from_cache[k % 2])
+        jax.block_until_ready(ours.state)
+
+    bench.report.say("compiling the step from a cache")
+    seconds = timing.alternate({"live": ours.run, "cached": run_cached}, ROUNDS)
+    losses["live"] = ours.metrics
+    bench.report.row(
+        "cached",
+        f"{bench.size}, batch {rows}, caption {CAPTION}, bfloat16",
+        **{f"{name}_images_per_second": rows * STEPS / median for name, median in _medians(seconds).items()},
+        times_faster=timing.ratio(seconds, "live", "cached"),
+        **{f"{name}_loss": float(values["loss"]) for name, values in losses.items()},
+        seconds=seconds,
+    )
+
+
+def time_embedding(bench: Bench) -> None:
+    """Texts to unit embeddings, as retrieval needs them."""
+    ours, theirs, _ = bench.trainers
+    rows, model = 4 * BATCHES[bench.size][1], ours.workload.bart
+    lengths = bench.rng.integers(CAPTION // 4, CAPTION + 1, rows)
+    ids, mask = jax.device_put(texts(bench.rng, lengths, CAPTION, model))
+    inputs = peer.tensors({"ids": np.asarray(ids), "mask": np.asarray(mask)}, bench.device)
+    program, student = embed.our_program(ours.workload), theirs.trainer.student
+    runs = {
+        "ours": lambda: jax.block_until_ready(program(ours.state.params, ids, mask)),
+        "peer": lambda: (embed.their_embeddings(student, inputs, autocast=True), synchronize()),
+    }
+    seconds = timing.alternate(runs, ROUNDS)
+    bench.report.row(
+        "embed",
+        f"{bench.size}, {rows} texts of {CAPTION} tokens, bfloat16",
+        **{f"{name}_texts_per_second": rows / median for name, median in _medians(seconds).items()},
+        times_faster=timing.ratio(seconds, "peer", "ours"),
+        seconds=seconds,
+    )
+
+
 def _peak_ours() -> float | None:
     """GiB that jax has held at most since the process began, where the device tells."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] / 2**30 if stats else None
 
 
-def time_decoding(bench: Bench) -> None:
-    """Greedy answers and captions of beam search a second, from pixels and from what the decoder reads of them."""
+def time_greedy(bench: Bench) -> None:
+    """Greedy answers and captions a second, from pixels and from what the decoder reads of them."""
+    _time_decoding(bench, "VQA", True, Decoding(max_new_tokens=10))
+    _time_decoding(bench, "captions", False, Decoding(max_new_tokens=20))
+
+
+def time_beam(bench: Bench) -> None:
+    """The same by beam search, which is slower: fewer rounds."""
+    _time_decoding(bench, "captions", False, Decoding("beam", max_new_tokens=20))
+    _time_decoding(bench, "VQA", True, Decoding("beam", max_new_tokens=10))
+
+
+def _time_decoding(bench: Bench, name: str, ask: bool, options: Decoding) -> None:
     ours, theirs, directory = bench.trainers
     reader = peer.Reader(theirs.trainer.teacher, theirs.trainer.student, torch.bfloat16, directory)
-    for name, ask, options in (
-        ("VQA", True, Decoding(max_new_tokens=10)),
-        ("captions", False, Decoding(max_new_tokens=20)),
-        ("captions", False, Decoding("beam", max_new_tokens=20)),
-    ):
-        _time_decoding(bench, ours, reader, name, ask, options, theirs.trainer.mode)
-
-
-def _time_decoding(
-    bench: Bench, ours: Ours, reader: peer.Reader, name: str, ask: bool, options: Decoding, teacher_mode: str
-) -> None:
     workload, params, rows = ours.workload, ours.state.params, BATCHES[bench.size][0]
     prompts = workload.prompts(bench.rng, rows, ask)
     on_device, in_torch = jax.device_put(prompts), peer.tensors(prompts._asdict(), bench.device)
@@ -342,7 +392,7 @@ def _time_decoding(
             "ours": lambda run=our_run: jax.block_until_ready(run()),
             "peer": lambda run=their_run: (run(), synchronize()),
         }
-        seconds = timing.alternate(runs, ROUNDS)
+        seconds = timing.alternate(runs, ROUNDS if options.method == "greedy" else BEAM_ROUNDS)
         medians = _medians(seconds)
         bench.report.row(
             "decode",
@@ -352,7 +402,7 @@ def _time_decoding(
             times_faster=timing.ratio(seconds, "peer", "ours"),
             ours_ms=1e3 * medians["ours"],
             peer_ms=1e3 * medians["peer"],
-            peer_teacher=teacher_mode,
+            peer_teacher=theirs.trainer.mode,
             seconds=seconds,
         )
 
@@ -361,8 +411,11 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "machine": (measure_machine, 20),
     "parity": (check_parity, 90),
     "train": (time_training, 100),
+    "cached": (time_cached, 35),
+    "embed": (time_embedding, 15),
+    "greedy": (time_greedy, 70),
+    "beam": (time_beam, 70),
     "compile": (time_compiled, 70),
-    "decode": (time_decoding, 120),
     "large_batch": (time_large_batch, 80),
 }
 """Name -> what is run and about how many seconds it takes at the large size, in the order in which they are run."""
