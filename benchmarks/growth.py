@@ -1,10 +1,11 @@
 """Draws how a train step's cost grows with what it is given: `python -m benchmarks.growth`.
 
-    python -m benchmarks.growth [--size=tiny|base] [--rounds=3] [--output=growth.json] [--figure=growth.png]
+    python -m benchmarks.growth [--curves=NAMES] [--size=tiny|base] [--output=FILE.json] [--figure=FILE.png]
 
 One size is changed at a time, the others stay: pairs in a batch, tokens of a caption, image tokens, BART's vocabulary,
-and for answers the number of beams. Beside the seconds on this machine stands the floor: the arithmetic at the rate of
-a large matrix product. How a step grows with devices: `vlkd plan --sweep --rows=N`.
+and for answers the number of beams. Beside the seconds of a step on this machine stands the floor: the arithmetic at
+the rate of a large matrix product (of answers `benchmarks.decode` has it). How a step grows with devices:
+`vlkd plan --sweep --rows=N`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from benchmarks.workload import Workload, answer, image_memory
 from vlkd_jax.decoding import Decoding
 
 BATCH, CAPTION, NEW_TOKENS = 8, 32, 16
+SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+"""Ticks of the axis."""
 SIZES = {
     "pairs": (2, 4, 8, 16),
     "caption tokens": (8, 16, 32, 64),
@@ -52,8 +55,8 @@ def workload_of(size: str, quantity: str, value: int) -> Workload:
     return workload
 
 
-def runs(size: str, quantity: str) -> Iterator[tuple[int, Any, int]]:
-    """(size, what to time, its floating-point operations) for each size of a quantity."""
+def runs(size: str, quantity: str) -> Iterator[tuple[int, Any, int | None]]:
+    """(size, what to time, its floating-point operations but for a loop of unknown length) for each size."""
     for value in SIZES[quantity]:
         workload, rng = workload_of(size, quantity, value), np.random.default_rng(0)
         params, frozen = workload.draw(0)
@@ -62,8 +65,7 @@ def runs(size: str, quantity: str) -> Iterator[tuple[int, Any, int]]:
             prompts = workload.prompts(rng, BATCH, ask=True)
             image = image_memory(workload.student, workload.teacher, params, frozen["clip"], prompts.pixels)
             arguments = (workload.student, params, image, prompts, options)
-            flops = timing.matmul_flops(functools.partial(_answer, workload, options), *arguments[1:-1])
-            yield value, functools.partial(_done, answer, arguments), flops
+            yield value, functools.partial(_done, answer, arguments), None
             continue
         rows = value if quantity == "pairs" else BATCH
         caption = value if quantity == "caption tokens" else CAPTION
@@ -72,25 +74,24 @@ def runs(size: str, quantity: str) -> Iterator[tuple[int, Any, int]]:
         yield value, functools.partial(_done, step, arguments), timing.matmul_flops(step, *arguments)
 
 
-def _answer(workload: Workload, options: Decoding, *arrays: Any) -> jax.Array:
-    return answer(workload.student, *arrays, options)
-
-
 def _done(function: Callable, arguments: tuple) -> None:
     jax.block_until_ready(function(*arguments))
 
 
 def draw(result: dict[str, Any], figure: Path) -> None:
     """One panel a quantity: seconds and the floor, both axes logarithmic."""
-    quantities = result["curves"]
-    _, axes = plt.subplots(1, len(quantities), figsize=(3.2 * len(quantities), 3.2), sharey=False)
+    quantities = {name: result["curves"][name] for name in SIZES if name in result["curves"]}
+    _, axes = plt.subplots(1, len(quantities), figsize=(2.6 * len(quantities), 3.4), sharey=True)
     for axis, (name, points) in zip(np.atleast_1d(axes), quantities.items()):
         sizes = [point["size"] for point in points]
         axis.plot(sizes, [point["seconds"] for point in points], marker="o", label="measured")
-        axis.plot(sizes, [point["floor_seconds"] for point in points], linestyle=":", label="arithmetic alone")
+        if all(point["floor_seconds"] for point in points):
+            axis.plot(sizes, [point["floor_seconds"] for point in points], linestyle=":", label="arithmetic alone")
         axis.set(xscale="log", yscale="log", xlabel=name, xticks=sizes, xticklabels=[f"{n:,}" for n in sizes])
+        axis.tick_params("x", labelrotation=45 if name == "vocabulary" else 0)
         axis.minorticks_off()
-    np.atleast_1d(axes)[0].set_ylabel("seconds")
+        axis.grid(axis="y", color="0.9")
+    np.atleast_1d(axes)[0].set(ylabel="seconds", yticks=SECONDS, yticklabels=SECONDS)
     np.atleast_1d(axes)[0].legend(frameon=False)
     plt.tight_layout()
     plt.savefig(figure, dpi=110)
@@ -100,19 +101,23 @@ def main() -> None:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="base", choices=("tiny", "base"))
+    parser.add_argument("--curves", default=",".join(SIZES), help="which, by commas; others stay as FILE has them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("growth.json"))
     parser.add_argument("--figure", type=Path, default=Path("growth.png"))
     options = parser.parse_args()
     rate = timing.machine_rates()["flops"]
-    result: dict[str, Any] = timing.circumstances(options) | {"curves": {}}
+    before = json.loads(options.output.read_text())["curves"] if options.output.is_file() else {}
+    result: dict[str, Any] = timing.circumstances(options) | {"curves": before}
     result["settings"].pop("figure")
-    for quantity in SIZES:
-        points = result["curves"].setdefault(quantity, [])
+    for quantity in options.curves.split(","):
+        points = result["curves"][quantity] = []
         for value, run, flops in runs(options.size, quantity):
             seconds = statistics.median(timing.alternate({"run": run}, options.rounds)["run"])
-            points.append({"size": value, "seconds": seconds, "floor_seconds": flops / rate})
-            print(f"{quantity} {value:,}: {seconds:.3f} s, arithmetic alone {flops / rate:.3f} s", flush=True)
+            floor = flops / rate if flops else None
+            points.append({"size": value, "seconds": seconds, "floor_seconds": floor})
+            told = f", arithmetic alone {floor:.3f} s" if floor else ""
+            print(f"{quantity} {value:,}: {seconds:.3f} s{told}", flush=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, options.figure)
 
