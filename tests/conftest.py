@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (the import hook has to stand before the imports it acts on)
 
+import collections
 import functools
 import os
 import pathlib
@@ -22,6 +23,20 @@ import pytest
 from tiny import SHARED_DATA, make_assets
 
 ABSENT = f"{SHARED_DATA} is absent"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--nightly`: faults and hostile files in the numbers that the README tells, for an hour."""
+    parser.addoption("--nightly", action="store_true", help="all counts of tests/faults, not only a few of each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked nightly, unless it is asked for."""
+    if config.getoption("nightly"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=nightly)
 
 
 def pytest_report_header() -> list[str]:
@@ -59,8 +74,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         red=bool(failed),
         bold=True,
     )
+    for line in _faults(stats):
+        terminalreporter.write_line(line)
     if left_out := count("skipped", marker="shared_data"):
         terminalreporter.write_line(f"{left_out} TESTS WERE LEFT OUT: {ABSENT}", red=True, bold=True)
+
+
+def _faults(stats: dict[str, list[Any]]) -> list[str]:
+    """Of each test below tests/faults, how often it held, and of how many files that were read."""
+    reports = [(report, outcome) for outcome in ("passed", "failed", "error") for report in stats.get(outcome, [])]
+    counts: dict[str, collections.Counter[str]] = {}
+    for report, outcome in reports:
+        path, _, name = report.nodeid.partition("::")
+        if path.startswith("tests/faults/"):
+            counted = counts.setdefault(
+                name.partition("[")[0].removeprefix("test_").replace("_", " "), collections.Counter()
+            )
+            counted.update(all=1, held=outcome == "passed")
+            counted.update(files=sum(value for key, value in report.user_properties if key == "examples"))
+    return [
+        f"{name}: {count['held']}/{count['all']}" + (f", {count['files']:,} files" if count["files"] else "")
+        for name, count in counts.items()
+    ]
 
 
 @pytest.fixture(scope="session")

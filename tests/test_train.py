@@ -1,6 +1,5 @@
 """The training loop, in this process and through its command line: figures, resumption, kills, NaNs, early stopping."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,83 +12,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorboardX
 from PIL import Image
+from running import MIXED, metrics_of, poison, poisonable, same_bits, share_programs, states_by_step, steps_of
 from tiny import ROOT, arguments, environment, tiny_config
 
 from vlkd_jax import entry
 from vlkd_jax import train as module
 from vlkd_jax.checkpoint import Checkpoints
-from vlkd_jax.data import streams
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
 from vlkd_jax.shapes.sources import ShapesPairs
 from vlkd_jax.tasks import make_task
 from vlkd_jax.train import STOPPED, NanGuard, check_config, train
 
-MIXED = {"loss__denoise": 0.5, "loss__l2": 0.1, "dropout": 0.1, "data__context_length": 0}
-"""Options under which everything that is random or frozen takes part."""
-
-
-POISON = (1, 254, 3)
-"""A first pixel of the fourth row that makes the loss NaN, see `poisonable`."""
-
-
-def poisonable(task):
-    """The task with a loss that is not finite where the batch is marked with `POISON`, as a NaN in it would make it."""
-
-    def terms(params, frozen, batch, rng):
-        values = task.terms(params, frozen, batch, rng)
-        marked = False if batch.pixels is None else jnp.all(batch.pixels[3, 0, 0] == np.array(POISON))
-        return jax.tree.map(lambda value: jnp.where(marked, jnp.nan, 1.0) * value, values)
-
-    return dataclasses.replace(task, terms=terms)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """Runs with the same options share their task and step function, so that only the first of them compiles."""
-
-    def share(name, key, change=lambda value: value):
-        original, made = getattr(module, name), {}
-
-        def get(*arguments):
-            if key(*arguments) not in made:
-                made[key(*arguments)] = arguments, change(original(*arguments))  # the arguments too: ids are keys
-            return made[key(*arguments)][1]
-
-        patch.setattr(module, name, get)
-
-    apart = ("steps", "log_every", "save_every", "keep", "mesh", "nan_limit", "optim", "eval", "early_stop")
     with pytest.MonkeyPatch.context() as patch:
-        keys = lambda config: str([(k, v) for k, v in config.to_dict().items() if k not in apart])  # noqa: E731
-        share("make_task", keys, poisonable)
-        share("make_optimizer", lambda optim, steps, new: (str(optim.to_dict()), steps, new))
-        share("make_train_step", lambda task, optimizer, *rest: (id(task), id(optimizer), *rest))
+        share_programs(patch, poisonable)
         yield
 
 
 def digest(directory):
     files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def same_bits(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def metrics_of(workdir, kind="train"):
-    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def steps_of(workdir):
-    return sorted(int(path.name[5:]) for path in (Path(workdir) / "checkpoints").glob("step_????????"))
 
 
 class WholeRun(NamedTuple):
@@ -282,34 +232,8 @@ def test_eight_devices_are_one(whole_run, assets, tmp_path, capsys):
     assert "step 3 of 6" in capsys.readouterr().out
 
 
-def poison(monkeypatch, steps):
-    """The stream's batches at these steps make the loss NaN."""
-    original = streams.train_stream
-
-    def stream(config, task, start, *rest):
-        for step, batch in enumerate(original(config, task, start, *rest), start + 1):
-            if step in steps:
-                batch.pixels[3, 0, 0] = POISON
-            yield batch
-
-    monkeypatch.setattr(module, "train_stream", stream)
-
-
-def states_by_step(monkeypatch):
-    """Filled while a run goes on, from step 2: step -> (skipped so far, parameters, optimizer state)."""
-    seen = {}
-    original = module._Loop._log
-
-    def log(loop, step, state, *rest):
-        seen[step] = int(state.skipped), *jax.tree.map(np.array, (state.params, state.opt_state))
-        original(loop, step, state, *rest)
-
-    monkeypatch.setattr(module._Loop, "_log", log)
-    return seen
-
-
 def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, {3, 4, 6})
+    poison(monkeypatch, {3: np.nan, 4: np.inf, 6: np.nan})
     seen = states_by_step(monkeypatch)
     config = tiny_config(assets, **MIXED, nan_limit=3)
     state = train(config, tmp_path / "run")
@@ -331,7 +255,7 @@ def test_a_step_that_is_not_finite_changes_nothing(assets, tmp_path, monkeypatch
 
 
 def test_too_many_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
-    poison(monkeypatch, {2, 4, 5, 6})
+    poison(monkeypatch, dict.fromkeys((2, 4, 5, 6), np.nan))
     closed = []
     monkeypatch.setattr(tensorboardX.SummaryWriter, "close", lambda *_: closed.append(1))
     with pytest.raises(entry.Diverged) as caught:

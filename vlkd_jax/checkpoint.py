@@ -29,12 +29,15 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.manifest import (
     FORMAT,
     MANIFEST,
+    STEP,
     Damaged,
     compare,
     hash_files,
     is_of_another_format,
     manifest_sha256,
     read_manifest,
+    step_path,
+    steps_in,
     verify_all,
     write_manifest,
 )
@@ -42,7 +45,6 @@ from vlkd_jax.storage import check_reachable, is_remote, locate
 
 HEADROOM = 1.3  # free space asked for before a save, in sizes of the state
 
-_STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(orbax-checkpoint-tmp.*|deleted)")
 _SET_ASIDE = re.compile(r"step_(\d{8,})\.damaged-\d+")
 _UNDECODED = {chr(0xDC00 + byte) for byte in range(0x80, 0x100)}  # how Python holds bytes of a path that are no UTF-8
@@ -166,19 +168,14 @@ class Checkpoints:
             self._writer.shutdown()
 
     def _path(self, step: int) -> epath.Path:
-        return self.directory / f"step_{step:08d}"
+        return step_path(self.directory, step)
 
     def _entries(self) -> list[epath.Path]:
         """What lies in the directory, if it is there: an object store has none before the first save."""
         return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
-    def _steps(self) -> list[int]:
-        """The numbers of all step directories, good or not, newest first."""
-        matches = (_STEP.fullmatch(path.name) for path in self._entries() if path.is_dir())
-        return sorted((int(match[1]) for match in matches if match), reverse=True)
-
     def _newest(self, verify: Callable[[epath.Path], None]) -> int | None:
-        for step in self._steps():
+        for step in steps_in(self.directory):
             try:
                 verify(self._path(step))
                 return step
@@ -267,7 +264,7 @@ class Checkpoints:
             return
         oldest_kept = good[-self.keep]
         for path in self._entries():
-            match = _STEP.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
+            match = STEP.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
             if match and int(match[1]) < oldest_kept and not is_of_another_format(path):
                 self._delete(path)
 

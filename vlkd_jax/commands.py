@@ -289,6 +289,25 @@ _ALL = (
         example="exports/mine",
     ),
     Command(
+        "ckpt",
+        module="vlkd_jax.ckpt",
+        summary="a run's checkpoints listed, verified byte by byte, or copied",
+        description="ls lists the checkpoints of RUN, a training run's workdir; verify reads every byte and compares "
+        "it with what was written (exit code 2 where one differs); cp copies one that is whole to NEW, a workdir from "
+        "which vlkd train, evaluate and export go on.",
+        options=(
+            argument("action", "ls|verify|cp", type=click.Choice(("ls", "verify", "cp"))),
+            argument("run", "RUN"),
+            argument("new", "[NEW]", required=False),
+            integer(
+                "step", "N", "that checkpoint; default: all of them, and of cp the newest that is whole", minimum=0
+            ),
+            JSON,
+        ),
+        example="cp runs/mine runs/from_500 --step=500",
+        needs_device=False,
+    ),
+    Command(
         "plan",
         module="vlkd_jax.plan",
         summary="memory, speed and cost of a run on machines that are not here",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,10 +21,25 @@ from vlkd_jax.storage import is_remote, write_atomic
 MANIFEST = "vlkd_manifest.jsonl"
 FORMAT = 2  # 1: the whole state in one piece
 BLOCK = 1 << 22  # bytes read at once
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's workdir in which its steps lie."""
+STEP = re.compile(r"step_(\d{8,})")
+"""The name of a step's directory."""
 
 
 class Damaged(Exception):
     """Why a step directory is not a complete checkpoint, or why a part of it cannot be read."""
+
+
+def steps_in(directory: epath.Path) -> list[int]:
+    """The numbers of all step directories, good or not, newest first; an object store has none before the first."""
+    names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    return sorted((int(match[1]) for match in map(STEP.fullmatch, names) if match), reverse=True)
+
+
+def step_path(directory: epath.Path, step: int) -> epath.Path:
+    """Where a step lies, or is to lie."""
+    return directory / f"step_{step:08d}"
 
 
 def hash_files(path: epath.Path) -> dict[str, list[Any]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -32,6 +36,7 @@ class MetricWriter:
 
         self._mirror = Mirror(workdir)
         self._mirror.fetch(METRICS_FILE)
+        _end_last_line(self._mirror.local / METRICS_FILE)
         self._board = SummaryWriter(str(self._mirror.local / "tensorboard"), flush_secs=30)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -47,6 +52,14 @@ class MetricWriter:
             self._board.flush()
             self._mirror.copy()
 
+    def lost_after(self, step: int) -> float:
+        """Seconds from the last line of `step` or before to the very last: what a run that was cut off did in vain."""
+        if not self._writes:
+            return 0.0
+        lines = [line for line in read_metrics(self._mirror.local / METRICS_FILE)[0] if "time" in line]
+        kept = [line["time"] for line in lines if line["step"] <= step]
+        return lines[-1]["time"] - kept[-1] if kept and lines[-1]["step"] > step else 0.0
+
     def __enter__(self) -> MetricWriter:
         return self
 
@@ -54,6 +67,73 @@ class MetricWriter:
         if self._writes:
             with self._mirror:
                 self._board.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """Ends a line that a kill or a full disk cut off: the next one must not be glued to it."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def read_metrics(path: AnyPath) -> tuple[list[dict[str, Any]], int]:
+    """(the lines of a metrics.jsonl, how many could not be read: a run that was killed may leave half a line)."""
+    lines, unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int) and "kind" in values:
+                lines.append(values)
+                continue
+        unreadable += 1
+    return lines, unreadable
+
+
+class Goodput:
+    """Where the time of a run goes: seconds of this process, told as a line of kind "goodput".
+
+    `start`: reading models and data and restoring; `compile`: the first step; `step`: what is neither of the others;
+    `data`: waiting for batches; `evaluate`; `save`: waiting for checkpoints; `lost`: what the process before did after
+    the checkpoint that this one goes on from, as far as its lines tell.
+    """
+
+    KINDS = ("start", "compile", "step", "data", "evaluate", "save", "lost")
+
+    def __init__(self) -> None:
+        self._began, self._since = round(time.time(), 3), time.monotonic()
+        self.seconds = dict.fromkeys(self.KINDS, 0.0)
+
+    def started(self) -> None:
+        """The time until now was the start."""
+        self.seconds["start"] = time.monotonic() - self._since
+
+    @contextlib.contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """The block's time is of this kind."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.monotonic() - before
+
+    def told(self) -> dict[str, float]:
+        """Seconds by kind so far, and when this process began, in Unix time."""
+        rest = time.monotonic() - self._since - (sum(self.seconds.values()) - self.seconds["lost"])
+        return {"began": self._began} | {k: round(v, 3) for k, v in (self.seconds | {"step": rest}).items()}
+
+
+def goodput(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by kind of a whole run, all of its processes added up, from the lines of its metrics.jsonl."""
+    last = {line["began"]: line for line in lines if line["kind"] == "goodput"}
+    return {kind: sum(line[kind] for line in last.values()) for kind in Goodput.KINDS} if last else {}
+
+
+def goodput_line(seconds: dict[str, float]) -> str:
+    """`steps 81% of 1:02:31, start 2%, ...`: the largest first."""
+    total = max(sum(seconds[kind] for kind in Goodput.KINDS), 1e-9)
+    rest = sorted(((seconds[kind], kind) for kind in Goodput.KINDS if kind != "step"), reverse=True)
+    shares = [f"{name} {value / total:.1%}" for value, name in rest if value / total >= 0.0005]
+    return ", ".join([f"steps {seconds['step'] / total:.1%} of {duration(total)}", *shares])
 
 
 class Progress:

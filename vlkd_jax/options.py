@@ -52,11 +52,10 @@ def flag(name: str, help: str) -> click.Option:
     return click.Option([f"--{name}"], is_flag=True, help=help)
 
 
-def argument(name: str, metavar: str, several: bool = False) -> click.Argument:
+def argument(name: str, metavar: str, several: bool = False, **settings: Any) -> click.Argument:
     """What is given without a name; with `several` all the rest, one at least. Told in the command's description."""
-    return click.Argument(
-        [name], metavar=f"{metavar}..." if several else metavar, nargs=-1 if several else 1, required=True
-    )
+    settings = {"required": True, "nargs": -1 if several else 1, **settings}
+    return click.Argument([name], metavar=f"{metavar}..." if several else metavar, **settings)
 
 
 def config(metavar: str, help: str, overrides: str, required: bool = False) -> tuple[click.Option, click.Option]:

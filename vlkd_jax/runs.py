@@ -13,6 +13,7 @@ from vlkd_jax.config import with_defaults
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.identity import MODELS, check_inputs, hash_inputs, kept_model
+from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.sharding import one_device
 from vlkd_jax.storage import locate
 from vlkd_jax.tasks import make_task
@@ -50,6 +51,6 @@ def load_run(
     check_inputs(directory, config, hash_inputs(config, MODELS), MODELS)
     task = make_task(config)
     params = sharding.laid_out(task.abstract()[0], one_device() if mesh is None else mesh)
-    with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
+    with Checkpoints(locate(directory) / CHECKPOINTS) as checkpoints:
         step, parts, _ = checkpoints.restore({"params": params})
     return task, parts["params"], step

@@ -44,7 +44,8 @@ from vlkd_jax.identity import (
     record_inputs,
     with_absolute_paths,
 )
-from vlkd_jax.metrics import MetricWriter, Progress, peak_memory
+from vlkd_jax.manifest import CHECKPOINTS
+from vlkd_jax.metrics import Goodput, MetricWriter, Progress, goodput_line, peak_memory
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.step import make_train_step
 from vlkd_jax.storage import AnyPath, locate, write_atomic
@@ -98,12 +99,13 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       UserError: a config, a directory or a record that cannot be used; training that diverged (`entry.Diverged`).
       Interrupted: Ctrl-C or SIGTERM, in a program that `entry.run` runs.
     """
+    spent = Goodput()
     check_directory(workdir)
     check_config(config)
     config, defaults = with_absolute_paths(config), base.get_config().to_dict()
     told = json.loads(config.to_json_best_effort())
     processes.check_alike(flatten(told))
-    inputs, may_change, saved = hash_inputs(config), MAY_CHANGE, locate(workdir) / "checkpoints"
+    inputs, may_change, saved = hash_inputs(config), MAY_CHANGE, locate(workdir) / CHECKPOINTS
     if processes.on_first(lambda: any(saved.glob("step_*"))):  # what has saved nothing may begin with other files
         check_inputs(workdir, config, inputs)
         if "data.replay" in inputs:  # it is a file, and that of the start
@@ -117,7 +119,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             key = cache_key(config, task, inputs, sources[0])
             sources = (CachedPairs(sources[0], config.data.teacher_cache, key), sources[1])
         optimizer = make_optimizer(config.optim, config.steps, task.new)
-        with Checkpoints(directory / "checkpoints", keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
+        with Checkpoints(directory / CHECKPOINTS, keep=config.keep) as checkpoints, MetricWriter(directory) as writer:
             abstract = abstract_state(task, optimizer, mesh)
             frozen = task.load_frozen(sharding.shardings(task.abstract()[1], mesh))
             sharding.check_rules([abstract.parts(), frozen])
@@ -129,6 +131,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             else:
                 step, parts, meta = checkpoints.restore(abstract.parts())
                 state = TrainState.from_parts(parts)
+                spent.seconds["lost"] = writer.lost_after(step)
                 _tell_changed_schedule(config, meta["steps"], step)
             meta = _meta(config, task, inputs) | {"retention_start": meta.get("retention_start")}
             loop = _Loop(
@@ -141,6 +144,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 writer=writer,
                 sources=sources,
                 meta=meta,
+                spent=spent,
             )
             return loop.run(state, make_train_step(task, optimizer, config.dropout, config.seed, config.accumulate))
 
@@ -276,6 +280,7 @@ class _Loop:
     writer: MetricWriter
     sources: tuple[Any, Any]
     meta: dict[str, Any]
+    spent: Goodput
 
     def __post_init__(self):
         config, limits = self.config, self.config.early_stop
@@ -295,6 +300,7 @@ class _Loop:
         if start >= config.steps or processes.on_first(self.stopped.exists):
             say(f"nothing to do: this run is complete at step {start}")
             return state
+        self.spent.started()
         self._introduce(state, start)
         progress = Progress(config.steps, config.batch_size, start)
         if start == 0:
@@ -330,7 +336,7 @@ class _Loop:
         config, start, alone, asked = self.config, progress.last_step, jax.process_count() == 1, 0
         guard = NanGuard(config.nan_limit)
         share = sharding.data_share(self.mesh)
-        stream = train_stream(config, self.task, start, self.unusable, self.sources, share)
+        stream, since = train_stream(config, self.task, start, self.unusable, self.sources, share), time.monotonic()
         for step, batch in enumerate(self._timed(stream, progress), start + 1):
             # returns at once: while the device runs this step, the next batch is read and put there
             here = sharding.put_each(self.mesh, signal_number() or 0)
@@ -340,6 +346,7 @@ class _Loop:
             watchdog.beat(step)
             if step == start + 1:
                 jax.block_until_ready(metrics)
+                self.spent.seconds["compile"] = time.monotonic() - since - progress.waited
                 progress.rates(step)  # the first step compiles: it is left out of the rates
             elif step % config.log_every == 0 or step == config.steps:
                 self._log(step, state, metrics, progress)
@@ -350,6 +357,7 @@ class _Loop:
             due = evaluated if self.early_stop.metric else step % config.save_every == 0 or step == config.steps
             if due:  # with early stopping only states that were evaluated are kept
                 self._save(step, state)
+                self.writer.write(step, "goodput", self.spent.told())
             # of several processes all have to stop at one step: what they were told of the step before says which
             if number := signal_number() if alone else int(asked):
                 guard.look(but_last=False)
@@ -357,22 +365,31 @@ class _Loop:
             asked = metrics["asked"]
             if step == config.steps:
                 break
-        self.checkpoints.wait()
         self._finish(step)
         return state
 
     def _finish(self, step: int) -> None:
+        with self.spent.spent("save"):
+            self.checkpoints.wait()
         if self.unusable.reasons:
             say(f"records passed over: {self.unusable}")
         memory = peak_memory()
         self.writer.write(step, "memory", memory)
         say("peak memory  " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()))
+        self._tell_time(step)
+
+    def _tell_time(self, step: int) -> None:
+        seconds = self.spent.told()
+        self.writer.write(step, "goodput", seconds)
+        say(f"time  {goodput_line(seconds)}")
 
     def _timed(self, stream: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
         while True:
             before = time.monotonic()
             batch = next(stream)
-            progress.waited += time.monotonic() - before
+            waited = time.monotonic() - before
+            progress.waited += waited
+            self.spent.seconds["data"] += waited
             yield batch
 
     def _log(self, step: int, state: TrainState, metrics: dict, progress: Progress) -> None:
@@ -389,20 +406,23 @@ class _Loop:
         if not self.held_out:
             return False
         before = time.monotonic()
-        figures = self.held_out(state.params)
+        with self.spent.spent("evaluate"):
+            figures = self.held_out(state.params)
         self.writer.write(step, "eval", figures)
         say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         progress.skip_time(time.monotonic() - before)
         return self.early_stop(figures)
 
     def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state.parts(), self.meta | {"retention_start": self.early_stop.start})
+        with self.spent.spent("save"):
+            self.checkpoints.save(step, state.parts(), self.meta | {"retention_start": self.early_stop.start})
 
     def _interrupt(self, number: int, step: int, state: TrainState) -> None:
         """Raises Interrupted when `step` is saved; with early stopping the last state that was evaluated stands."""
         if not self.early_stop.metric:
             self._save(step, state)
         self.checkpoints.wait()
+        self._tell_time(step)
         kept = self.checkpoints.latest()
         raise runtime.Interrupted(
             number, f"after step {step}; step {kept} is saved, and the same command goes on from there"

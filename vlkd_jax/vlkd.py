@@ -33,6 +33,7 @@ from vlkd_jax.identity import (
     read_inputs,
     with_absolute_paths,
 )
+from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
@@ -185,7 +186,7 @@ class VLKD:
             params, step = task.load_params(layout) | set_at_start, 0
         identity = {"directory": os.fspath(locate(directory)), "step": step, "inputs": read_inputs(directory)}
         if not at_start:
-            with Checkpoints(locate(directory) / "checkpoints") as checkpoints:
+            with Checkpoints(locate(directory) / CHECKPOINTS) as checkpoints:
                 identity["sha256"] = processes.on_first(functools.partial(checkpoints.sha256, step))
         prompts = run_config(directory).prompts
         return cls.of(task, params, task.load_frozen(frozen_layout), mesh, identity, prompts)

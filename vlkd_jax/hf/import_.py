@@ -26,6 +26,7 @@ from vlkd_jax.hf.export import RUN
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.hf.student import CLIP_TOKENIZER, load_student, read_student_config
 from vlkd_jax.identity import MODELS, PARENTS, hash_inputs, record_inputs
+from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.models.vlkd import StudentConfig
 from vlkd_jax.storage import locate, write_atomic
 from vlkd_jax.workdir import CONFIG_FILE, new_directory
@@ -53,7 +54,7 @@ def import_export(directory: Path, output: Path) -> None:
     record_inputs(output, hash_inputs(run, MODELS))
     step = record["identity"].get("step", 0)
     parts = {"params": params["student"], "step": jax.device_put(jnp.int32(step), layout)}
-    with Checkpoints(locate(output) / "checkpoints") as checkpoints:
+    with Checkpoints(locate(output) / CHECKPOINTS) as checkpoints:
         checkpoints.save(step, parts, {"imported": os.fspath(directory.absolute())})
 
 

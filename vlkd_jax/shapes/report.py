@@ -5,7 +5,6 @@ Everything is inlined, so the file can be mailed: no script, no network. What mo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from vlkd_jax.evals import plots
 from vlkd_jax.evals.markup import STYLE, bounds_of, escaped, percent, picture_uri, said
 from vlkd_jax.evals.statistics import RESAMPLES, interval
+from vlkd_jax.metrics import goodput, goodput_line, read_metrics
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.page import PAGE
 from vlkd_jax.workdir import write_atomic
@@ -46,7 +46,8 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
       metrics: metrics.jsonl of the training run; a missing file or a missing kind leaves its curves out.
       suite: `config.shapes` of configs/suites.py; pictures are drawn again from its seed and split.
     """
-    train, held_out, unreadable = _read_metrics(metrics)
+    lines, unreadable = read_metrics(metrics)
+    train, held_out = (_by_step(lines, kind) for kind in ("train", "eval"))
     groups = _bar_groups(result["vqa"], _intervals(rows, "vqa_blind"), result["n"])
     parts = {
         "style": STYLE,
@@ -67,7 +68,7 @@ def write_report(directory: Path, result: dict[str, Any], rows: Rows, metrics: P
         "losses": _loss_curves(train, held_out),
         "retention": _retention_curves(held_out),
         "unreadable": f"<p>Lines of metrics.jsonl that could not be read: {unreadable}.</p>" if unreadable else "",
-        "circumstances": _circumstances(result, suite),
+        "circumstances": _circumstances(result, suite, goodput(lines)),
     }
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "index.html", PAGE.substitute(parts).encode())
@@ -297,17 +298,9 @@ def _pair(card: Callable[[dict[str, Any]], str], right: Rows, wrong: Rows, none:
 # Curves
 
 
-def _read_metrics(path: Path) -> tuple[dict[int, dict], dict[int, dict], int]:
-    """(training lines by step, held-out lines by step, unreadable lines); the later line of a step counts."""
-    lines_by_kind: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
-    unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            values = json.loads(line)
-            lines_by_kind[values["kind"]][int(values["step"])] = values
-        except (ValueError, KeyError, TypeError):  # a run that was killed may leave half a line
-            unreadable += 1
-    return *(dict(sorted(lines.items())) for lines in lines_by_kind.values()), unreadable
+def _by_step(lines: list[dict[str, Any]], kind: str) -> dict[int, dict]:
+    """The lines of a kind; the later line of a step counts."""
+    return dict(sorted({line["step"]: line for line in lines if line["kind"] == kind}.items()))
 
 
 def _points(lines: dict[int, dict], name: str) -> tuple[list[int], list[float]]:
@@ -351,7 +344,7 @@ def _retention_curves(held_out: dict[int, dict]) -> str:
 # How it was made
 
 
-def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
+def _circumstances(result: dict[str, Any], suite: ConfigDict, time_spent: dict[str, float]) -> str:
     pictures = {index for index, _, _ in world.question_set(suite.seed, suite.split, suite.questions)}
     lines = {
         "date": result["date"],
@@ -363,6 +356,7 @@ def _circumstances(result: dict[str, Any], suite: ConfigDict) -> str:
         "retrieval": f"{result['retrieval']['n']:,} pictures",
         "devices": ", ".join(result["devices"]) + f" ({result['machine']})",
         "versions": f"Python {result['python']}, " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
+        **({"time of training": goodput_line(time_spent)} if time_spent else {}),
         "the same again": f"vlkd demo --workdir=DIR --seed={result['seed']}",
     }
     return "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in lines.items())

@@ -1,0 +1,378 @@
+"""Files as nobody would write them, for every reader: each is read, or refused in one line that names it.
+
+Nothing in them is run, nothing is written elsewhere, no reader hangs (`fuzzing.harmless`).
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import shutil
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from fuzzing import TEXT, VALUES, broken, damaged
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import load_file
+
+from configs import suites
+from vlkd_jax.compare import compare, read_evaluation
+from vlkd_jax.data import inputs, tar
+from vlkd_jax.data.images import check_picture, open_image, resize_and_crop
+from vlkd_jax.data.sources import FolderPairs, TextLines
+from vlkd_jax.data.teacher_cache import read_manifest
+from vlkd_jax.data.text import BartText, ClipText
+from vlkd_jax.errors import RecordError, UserError
+from vlkd_jax.evals import caption_suite, vqa_suite
+from vlkd_jax.evals.predictions import read_predictions
+from vlkd_jax.evals.retrieval_suite import retrieval_items
+from vlkd_jax.evals.scoring import Files, judged_rows
+from vlkd_jax.hf.convert import convert
+from vlkd_jax.hf.load import load_bart, load_clip
+from vlkd_jax.hf.student import load_student, read_prompts, read_student_config
+from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.runs import run_config
+
+STUDENT = Path(__file__).parents[2] / "vlkd_jax" / "shapes" / "models" / "student"
+IMAGES = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]
+COCO = {"images": IMAGES, "annotations": [{"image_id": 1, "caption": "a red ball"}, {"image_id": 2, "caption": "b"}]}
+KARPATHY = {
+    "images": [
+        {"filename": f"{name}.png", "split": "test", "cocoid": k, "sentences": [{"raw": "a red ball"}, {"raw": "b"}]}
+        for k, name in enumerate("ab")
+    ]
+}
+QUESTIONS = {"questions": [{"question_id": k, "image_id": "a", "question": "what?"} for k in (1, 2)]}
+ANSWERS = {"annotations": [{"question_id": k, "answers": [{"answer": "x"}] * 10} for k in (1, 2)]}
+LINES = [{"image": "a.png", "caption": "a red ball"}, {"image": "b.png", "caption": "b"}]
+BYTES = st.one_of(st.binary(max_size=60), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def read_or_refuse(read, *names):
+    """What `read` gives, or None where it refuses in one line that holds one of `names`."""
+    try:
+        return read()
+    except UserError as error:
+        said = str(error)
+        assert any(str(name) in said for name in names), error
+        assert len(said.splitlines()) == 1, said
+        return None
+
+
+# models
+
+
+def read_model(directory):
+    """All that training reads of a directory: weights, configuration, tokenizer."""
+    if directory.name == "bart":
+        load_bart(directory)
+        BartText(directory).encode("a red circle")
+    else:
+        load_clip(directory)
+        ClipText(directory).encode("a red circle")
+
+
+@pytest.mark.parametrize("model", ["bart", "clip"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "header"]
+)
+def test_json_of_a_model_directory(assets, tmp_path, fuzzed, model, name):
+    directory = shutil.copytree(assets / model, tmp_path / model)
+    weights = (directory / "model.safetensors").read_bytes()
+    if name == "header":
+        size = struct.unpack("<Q", weights[:8])[0]
+        whole = json.loads(weights[8 : 8 + size])
+    elif (directory / name).exists():
+        whole = json.loads((directory / name).read_text())
+    else:
+        whole = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3}
+
+    def read(value):
+        if name == "header":
+            header = json.dumps(value).encode()
+            (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + weights[8 + size :])
+        else:
+            (directory / name).write_text(json.dumps(value))
+        read_or_refuse(lambda: read_model(directory), directory)
+
+    fuzzed(read, broken(whole), examples=40)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_bytes_of_a_model_directory(assets, tmp_path, fuzzed, name):
+    directory = shutil.copytree(assets / "bart", tmp_path / "bart")
+
+    def read(data):
+        (directory / name).write_bytes(data)
+        read_or_refuse(lambda: read_model(directory), directory)
+
+    fuzzed(read, damaged((assets / "bart" / name).read_bytes()), examples=40)
+
+
+def test_an_index_of_shards(assets, tmp_path, fuzzed):
+    directory = shutil.copytree(assets / "bart", tmp_path / "bart")
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    names = load_file(directory / "model-00001-of-00001.safetensors")
+    whole = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+
+    def read(value):
+        (directory / "model.safetensors.index.json").write_text(json.dumps(value))
+        read_or_refuse(lambda: load_bart(directory), directory)
+
+    fuzzed(read, broken(whole))
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_an_exported_student(tmp_path, fuzzed, name):
+    directory = shutil.copytree(STUDENT, tmp_path / "student")
+    whole = json.loads((directory / name).read_text())
+
+    def read(value):
+        (directory / name).write_text(json.dumps(value))
+        read_or_refuse(lambda: (read_student_config(directory), read_prompts(directory)), directory)
+        read_or_refuse(lambda: load_student(directory), directory)
+
+    fuzzed(read, broken(whole), examples=25)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights(assets, tmp_path, fuzzed, zipped):
+    (tmp_path / "bart").mkdir()
+    path = tmp_path / "bart" / "pytorch_model.bin"
+    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 3, dtype=torch.int64)}
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+
+    def read(data):
+        path.write_bytes(data)
+        read_or_refuse(lambda: convert(tmp_path / "bart", tmp_path / "out"), path)
+        (tmp_path / "out" / "model.safetensors").unlink(missing_ok=True)
+
+    fuzzed(read, damaged(path.read_bytes()))
+
+
+# pictures and archives
+
+
+def picture(form):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_pictures(tmp_path, fuzzed, form):
+    path = tmp_path / "picture"
+
+    def read(data):
+        path.write_bytes(data)
+        for reader in (check_picture, open_image):
+            read_or_refuse(lambda reader=reader: reader(path), path)
+        image = read_or_refuse(lambda: open_image(data), "the picture")
+        if image is not None:
+            pixels = resize_and_crop(image, Preprocessing(size=8))
+            assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+
+    fuzzed(read, damaged(picture(form)), examples=100)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_tar_shards(tmp_path, fuzzed, compressed):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for name, data in (("0.png", picture("PNG")), ("0.txt", b"a"), (f"{'long' * 40}.json", b'{"caption": "b"}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    path, whole = tmp_path / "0.tar", buffer.getvalue()
+
+    def read(data):
+        path.write_bytes(data)
+        with contextlib.suppress(tar.TarDamage):
+            assert sum(len(content or b"") for _, content in tar.members(path)) < 10 * len(whole)
+        told = [
+            pair for part in inputs.parts(path, inputs.Columns(), 5) for pair in inputs.read(part, inputs.Columns())
+        ]
+        assert all(str(path) in str(pair) for pair in told if isinstance(pair, RecordError))
+
+    fuzzed(read, damaged(gzip.compress(whole) if compressed else whole), examples=100)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "csv", "json", "parquet"])
+def test_tables_to_prepare(folder, fuzzed, kind):
+    path = folder / f"pairs.{kind}"
+    columns = inputs.Columns("1", "0") if kind == "tsv" else inputs.Columns()
+    if kind == "parquet":
+        rows = {"image": ["a.png", "b.png"], "caption": ["a red ball", "b"]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    texts = {
+        "tsv": "a red ball\ta.png\nb\tb.png\n",
+        "jsonl": "\n".join(map(json.dumps, LINES)),
+        "csv": 'image,caption\na.png,"a red, ball"\nb.png,b\n',
+        "json": json.dumps(COCO),
+    }
+    whole = path.read_bytes() if kind == "parquet" else texts[kind].encode()
+
+    def read(data):
+        path.write_bytes(data)
+        parts = read_or_refuse(lambda: inputs.parts(path, columns, 5), path)
+        for part in parts or ():
+            for pair in inputs.read(part, columns):
+                assert isinstance(pair, inputs.Sample) or str(path) in str(pair)
+
+    fuzzed(read, damaged(whole), examples=100)
+
+
+# captions, questions, predictions
+
+
+def items(name, **files):
+    suite = suites.get_config(name)[name]
+    suite.update({field: str(path) for field, path in files.items()})
+    readers = {"vqav2": vqa_suite.vqa_items, "coco_caption": caption_suite.caption_items, "flickr30k": retrieval_items}
+    return lambda: list(readers[name](suite))
+
+
+def test_coco_captions(folder, fuzzed):
+    path = folder / "c.json"
+
+    def read(value):
+        path.write_text(json.dumps(value))
+        read_or_refuse(lambda: FolderPairs(path, folder, 1.0), path.name, "config.")
+        read_or_refuse(items("coco_caption", captions=path, images=folder), path.name, "config.")
+
+    fuzzed(read, broken(COCO), examples=150)
+
+
+def test_jsonl_captions(folder, fuzzed):
+    path = folder / "c.jsonl"
+
+    def read(values):
+        path.write_text("\n".join(map(json.dumps, [*LINES, *values])))
+        read_or_refuse(lambda: FolderPairs(path, folder, 1.0), path.name, "config.")
+        read_or_refuse(items("coco_caption", captions=path, images=folder), path.name, "config.")
+
+    fuzzed(read, st.lists(st.one_of(broken(LINES[0]), VALUES), max_size=3), examples=150)
+
+
+def test_karpathys_files(folder, fuzzed):
+    path = folder / "dataset.json"
+
+    def read(value):
+        path.write_text(json.dumps(value))
+        read_or_refuse(items("flickr30k", captions=path, images=folder), path.name, "config.", "a.png")
+
+    fuzzed(read, broken(KARPATHY), examples=100)
+
+
+def test_any_bytes(folder, fuzzed):
+    def read(data):
+        for suffix in (".json", ".jsonl", ".tsv", ".txt"):
+            path = folder / f"bytes{suffix}"
+            path.write_bytes(data)
+            if suffix == ".txt":
+                read_or_refuse(lambda path=path: TextLines(path), path.name)
+                continue
+            read_or_refuse(lambda path=path: FolderPairs(path, folder, 1.0), path.name, "config.")
+            read_or_refuse(items("coco_caption", captions=path, images=folder), path.name, "config.")
+
+    fuzzed(read, BYTES, examples=150)
+
+
+def test_questions_and_answers(folder, fuzzed):
+    def read(questions, answers, which):
+        (folder / "q.json").write_text(json.dumps(QUESTIONS if which == "answers" else questions))
+        (folder / "a.json").write_text(json.dumps(ANSWERS if which == "questions" else answers))
+        suite = {"questions": folder / "q.json", "annotations": folder / "a.json", "images": folder}
+        prompts = read_or_refuse(items("vqav2", image_name="{image_id}.png", **suite), ".json", "config.")
+        for prompt in prompts or ():  # what is let through can be scored
+            assert 0 <= vqa_suite.judge_answer(prompt.row | {"raw": "x"})["score"] <= 1
+
+    fuzzed(read, broken(QUESTIONS), broken(ANSWERS), st.sampled_from(["questions", "answers", "both"]), examples=150)
+
+
+PREDICTIONS = {
+    "vqav2": ([{"question_id": 1, "answer": "x"}, {"question_id": 2, "answer": "y"}], ANSWERS),
+    "caption": ([{"image_id": 1, "caption": "a ball"}, {"image_id": 2, "caption": "b"}], COCO),
+}
+
+
+@pytest.mark.parametrize("suite", PREDICTIONS)
+@pytest.mark.parametrize("which", ["predictions", "annotations"])
+def test_predictions_to_score(tmp_path, fuzzed, suite, which):
+    predictions, annotations = PREDICTIONS[suite]
+    paths = {name: tmp_path / f"{name}.json" for name in ("predictions", "annotations")}
+    paths["predictions"].write_text(json.dumps(predictions))
+    paths["annotations"].write_text(json.dumps(annotations))
+
+    def read(value):
+        paths[which].write_text(json.dumps(value))
+        read_or_refuse(lambda: judged_rows(Files(suite, **paths)), *paths.values())
+
+    fuzzed(read, broken(predictions if which == "predictions" else annotations), examples=150)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "json.gz", "txt"])
+def test_bytes_of_predictions(tmp_path, fuzzed, ending):
+    path = tmp_path / f"predictions.{ending}"
+    rows = [{"task": "caption", "id": k, "image": k, "raw": "a ball", "score": 1.0} for k in range(3)]
+    whole = "\n".join(map(json.dumps, rows)).encode() if ending == "jsonl" else json.dumps(rows).encode()
+    whole = gzip.compress(whole) if ending.endswith("gz") else whole
+
+    def read(data):
+        path.write_bytes(data)
+        read_or_refuse(lambda: read_predictions(path, "summary" if ending == "txt" else "caption"), path)
+
+    fuzzed(read, st.one_of(damaged(whole), BYTES), examples=150)
+
+
+def test_rows_to_compare(tmp_path, fuzzed):
+    rows = [{"task": "vqa", "id": k, "image": k, "raw": "a", "score": 0.3, "answers": ["a"] * 10} for k in range(3)]
+    path = tmp_path / "predictions.jsonl"
+
+    def read(values):
+        path.write_text("\n".join(map(json.dumps, values)))
+        of_file = read_or_refuse(lambda: read_evaluation(path), path)
+        if of_file is not None:
+            read_or_refuse(lambda: compare(rows, of_file[""]), "")
+
+    fuzzed(read, broken(rows).filter(lambda value: isinstance(value, list)), examples=100)
+
+
+# what runs leave
+
+
+def test_the_config_of_a_run(tmp_path, fuzzed):
+    from vlkd_jax.configs import base
+
+    whole = json.loads(base.get_config().to_json_best_effort())
+
+    def read(value):
+        (tmp_path / "config.json").write_text(json.dumps(value))
+        read_or_refuse(lambda: run_config(tmp_path), tmp_path, "config.")
+
+    fuzzed(read, broken(whole), examples=60)
+
+
+def test_the_manifest_of_a_teacher_cache(tmp_path, fuzzed):
+    whole = {"key": {"clip": {"a": "b"}}, "shards": {"0.npy": {"sha256": "x"}}, "rows": 4}
+
+    def read(value):
+        (tmp_path / "manifest.json").write_text(json.dumps(value))
+        read_or_refuse(lambda: read_manifest(tmp_path), tmp_path)
+
+    fuzzed(read, broken(whole))
