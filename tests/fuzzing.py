@@ -134,12 +134,12 @@ def fuzz(check, *strategies, examples, seconds):
     )
     counted, end, seed = 0, time.monotonic() + seconds, 0
 
-    def counting(*values):
+    def counting(values):
         nonlocal counted
         counted += 1
         check(*values)
 
     while not seed or time.monotonic() < end:
-        hypothesis.seed(seed)(settings(hypothesis.given(*strategies)(counting)))()
+        hypothesis.seed(seed)(settings(hypothesis.given(st.tuples(*strategies))(counting)))()
         seed += 1
     return counted

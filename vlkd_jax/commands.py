@@ -111,7 +111,11 @@ _ALL = (
                 "overrides a field of configs/suites.py, such as --config.shapes.questions=700",
                 required=True,
             ),
-            text("checkpoint", "DIR", "--workdir of a training run, or an export; without it --clip and --bart"),
+            text(
+                "checkpoint",
+                "DIR",
+                "--workdir of a training run, an export, or hf:OWNER/NAME; without it --clip and --bart",
+            ),
             text("workdir", "OUT", "directory of the results", required=True),
             text("clip", "DIR", "a Hugging Face CLIP; with --checkpoint: where the run's lies now, if it has moved"),
             text("bart", "DIR", "a Hugging Face BART; likewise"),

@@ -170,7 +170,11 @@ def compare_paths(a: Path, b: Path, files: Files | None) -> dict[str, dict[str, 
     shared = [name for name in of_a if name in of_b]
     if not shared:
         raise UserError(f"{a} has {few(list(of_a))} and {b} has {few(list(of_b))}: no suite that both have")
-    return {name: compare(of_a[name], of_b[name]) for name in shared}
+    try:
+        return {name: compare(of_a[name], of_b[name]) for name in shared}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # rows that somebody has changed
+        told = f"{type(error).__name__} {error}"
+        raise UserError(f"{a} or {b}: a row is not as vlkd evaluate wrote it ({told}); evaluate again") from error
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]], a: Path, b: Path) -> str:

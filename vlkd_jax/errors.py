@@ -4,8 +4,12 @@
 class UserError(Exception):
     """A mistake in what the user gave (file, field, flag): one line naming it and the mend.
 
-    Entry points print `error: <message>` and exit with status 2; everything else keeps its traceback.
+    Entry points print `error: <message>` and exit with status 2; everything else keeps its traceback. What a library
+    says over several lines, and is told within the message, is joined.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class RecordError(UserError):

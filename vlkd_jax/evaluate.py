@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import entry, processes
 from vlkd_jax.commands import COMMANDS
+from vlkd_jax.config import BUILTIN, HUB, model_directory
 from vlkd_jax.console import say
 from vlkd_jax.data.builder import MANIFEST as RECORDS_MANIFEST
 from vlkd_jax.data.sources import counted, read_json
@@ -215,6 +216,8 @@ def main(values: SimpleNamespace) -> None:
     if not checkpoint and not all(pair.values()):
         raise UserError("give --checkpoint=DIR, or --clip=DIR and --bart=DIR for a student before distillation")
     check_suites(suites)
+    if checkpoint and checkpoint.startswith((HUB, BUILTIN)):
+        checkpoint = model_directory(checkpoint)
     exported = bool(checkpoint) and is_student(checkpoint)
     if exported and any(pair.values()):
         raise UserError(f"{checkpoint}: an export, which holds its models; leave --clip and --bart out")

@@ -5,6 +5,7 @@ It is written last: a step that has one is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,6 +105,14 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
             f"format {FORMAT}: finish that run with the version that started it, or train again into another --workdir"
         )
     return body
+
+
+def check_format(directory: epath.Path) -> None:
+    """Raises UserError where the newest step whose manifest is intact is of another format."""
+    for step in steps_in(directory):
+        with contextlib.suppress(Damaged):
+            read_manifest(step_path(directory, step))
+            return
 
 
 def manifest_sha256(path: epath.Path) -> str:

@@ -44,7 +44,7 @@ from vlkd_jax.identity import (
     record_inputs,
     with_absolute_paths,
 )
-from vlkd_jax.manifest import CHECKPOINTS
+from vlkd_jax.manifest import CHECKPOINTS, check_format
 from vlkd_jax.metrics import Goodput, MetricWriter, Progress, goodput_line, peak_memory
 from vlkd_jax.optim import count_parameters, make_optimizer, schedule
 from vlkd_jax.step import make_train_step
@@ -102,10 +102,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     spent = Goodput()
     check_directory(workdir)
     check_config(config)
-    config, defaults = with_absolute_paths(config), base.get_config().to_dict()
+    config, defaults = with_absolute_paths(config), json.loads(base.get_config().to_json_best_effort())
     told = json.loads(config.to_json_best_effort())
     processes.check_alike(flatten(told))
     inputs, may_change, saved = hash_inputs(config), MAY_CHANGE, locate(workdir) / CHECKPOINTS
+    processes.on_first(lambda: check_format(saved))
     if processes.on_first(lambda: any(saved.glob("step_*"))):  # what has saved nothing may begin with other files
         check_inputs(workdir, config, inputs)
         if "data.replay" in inputs:  # it is a file, and that of the start

@@ -23,7 +23,7 @@ train._Loop._evaluate = told
 entry.run(train.main, COMMANDS["train"])
 """
 GROWTH = 8 * 2**20
-"""Bytes that a process may hold more of at the end than after a fifth of its steps: pools and fragments."""
+"""Bytes that a process may hold more of at the end than after two fifths of its steps: pools and fragments."""
 
 
 @pytest.mark.parametrize("steps", [300, pytest.param(2000, marks=pytest.mark.nightly)])
@@ -34,6 +34,6 @@ def test_steps_checkpoints_and_ten_evaluations(assets, tmp_path, steps, record_p
     assert run.returncode == 0, run.stderr
     held = {int(step): int(size) for step, size in re.findall(r"^held (\d+) (\d+)$", run.stdout, re.MULTILINE)}
     assert len(held) == 11  # the start, and ten
-    early, late = held[steps // 5], held[steps]
+    early, late = held[steps // 5 * 2], held[steps]
     record_property("growth", f"{(late - early) / 2**20:+.1f} MiB")
-    assert late - early < GROWTH, held
+    assert late - early < GROWTH, {k: v >> 20 for k, v in held.items()}

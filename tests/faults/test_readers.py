@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from configs import suites
-from vlkd_jax.compare import compare, read_evaluation
+from vlkd_jax.compare import compare_paths, read_evaluation
 from vlkd_jax.data import inputs, tar
 from vlkd_jax.data.images import check_picture, open_image, resize_and_crop
 from vlkd_jax.data.sources import FolderPairs, TextLines
@@ -184,7 +184,7 @@ def test_pictures(tmp_path, fuzzed, form):
             read_or_refuse(lambda reader=reader: reader(path), path)
         image = read_or_refuse(lambda: open_image(data), "the picture")
         if image is not None:
-            pixels = resize_and_crop(image, Preprocessing(size=8))
+            pixels = resize_and_crop(image, Preprocessing(8, 8))
             assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
 
     fuzzed(read, damaged(picture(form)), examples=100)
@@ -243,7 +243,11 @@ def test_tables_to_prepare(folder, fuzzed, kind):
 def items(name, **files):
     suite = suites.get_config(name)[name]
     suite.update({field: str(path) for field, path in files.items()})
-    readers = {"vqav2": vqa_suite.vqa_items, "coco_caption": caption_suite.caption_items, "flickr30k": retrieval_items}
+    readers = {
+        "vqav2": vqa_suite.vqa_items,
+        "coco_caption": caption_suite.caption_items,
+        "flickr30k_retrieval": retrieval_items,
+    }
     return lambda: list(readers[name](suite))
 
 
@@ -274,7 +278,7 @@ def test_karpathys_files(folder, fuzzed):
 
     def read(value):
         path.write_text(json.dumps(value))
-        read_or_refuse(items("flickr30k", captions=path, images=folder), path.name, "config.", "a.png")
+        read_or_refuse(items("flickr30k_retrieval", captions=path, images=folder), path.name, "config.", "a.png")
 
     fuzzed(read, broken(KARPATHY), examples=100)
 
@@ -342,13 +346,13 @@ def test_bytes_of_predictions(tmp_path, fuzzed, ending):
 
 def test_rows_to_compare(tmp_path, fuzzed):
     rows = [{"task": "vqa", "id": k, "image": k, "raw": "a", "score": 0.3, "answers": ["a"] * 10} for k in range(3)]
-    path = tmp_path / "predictions.jsonl"
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    paths[0].write_text("\n".join(map(json.dumps, rows)))
 
     def read(values):
-        path.write_text("\n".join(map(json.dumps, values)))
-        of_file = read_or_refuse(lambda: read_evaluation(path), path)
-        if of_file is not None:
-            read_or_refuse(lambda: compare(rows, of_file[""]), "")
+        paths[1].write_text("\n".join(map(json.dumps, values)))
+        read_or_refuse(lambda: read_evaluation(paths[1]), paths[1])
+        read_or_refuse(lambda: compare_paths(*paths, None), *paths, "in A", "A has", "B has")
 
     fuzzed(read, broken(rows).filter(lambda value: isinstance(value, list)), examples=100)
 

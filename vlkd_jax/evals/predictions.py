@@ -74,7 +74,11 @@ def read_jsonl(path: Path) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} line {number}: not JSON ({getattr(e, 'msg', e)}); is the file cut off?") from e
-        if not isinstance(row, dict) or not {"task", "id"} <= row.keys():
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("task"), str)
+            or not isinstance(row.get("id"), int | str)
+        ):
             raise UserError(f"{path} line {number}: no row with task and id, as vlkd evaluate writes them")
         rows.append(row)
     return rows
