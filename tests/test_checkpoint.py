@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,36 +198,6 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next_save(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     save_steps(tmp_path, 10)
     assert step_names(tmp_path) == ["step_00000010", "step_mine.orbax-checkpoint-tmp"]
-
-
-WRITER = """
-import sys
-import jax, jax.numpy as jnp
-from vlkd_jax.checkpoint import Checkpoints
-make = jax.jit(lambda step: {"params": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
-checkpoints = Checkpoints(sys.argv[1], keep=2)
-step = (checkpoints.latest() or 0) + 1
-while True:
-    checkpoints.save(step, make(jnp.int32(step)), {"step": step})
-    checkpoints.wait()
-    print(step, flush=True)
-    step += 1
-"""
-
-
-def test_sigkill_during_a_save_leaves_a_complete_step(tmp_path):
-    chance = random.Random(1)
-    make = jax.jit(lambda step: {"params": jax.random.bits(jax.random.key(step), (1_000_000,)), "step": step})
-    for _ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True)
-        complete = int(writer.stdout.readline())
-        time.sleep(chance.uniform(0.0, 0.3))
-        writer.kill()
-        complete = max([complete, *map(int, writer.stdout.read().split())])
-        writer.wait()
-        step, state, meta = Checkpoints(tmp_path).restore(abstract(make(jnp.int32(0))))
-        assert complete <= step <= complete + 1 and meta == {"step": step}
-        assert_same_bits(state, make(jnp.int32(step)))
 
 
 def test_a_full_disk_is_noticed_before_the_save(tmp_path, monkeypatch):

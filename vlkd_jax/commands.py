@@ -302,7 +302,7 @@ _ALL = (
         options=(
             argument("action", "ls|verify|cp", type=click.Choice(("ls", "verify", "cp"))),
             argument("run", "RUN"),
-            argument("new", "[NEW]", required=False),
+            argument("new", "NEW", required=False),
             integer(
                 "step", "N", "that checkpoint; default: all of them, and of cp the newest that is whole", minimum=0
             ),

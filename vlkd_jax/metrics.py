@@ -92,12 +92,12 @@ def read_metrics(path: AnyPath) -> tuple[list[dict[str, Any]], int]:
 class Goodput:
     """Where the time of a run goes: seconds of this process, told as a line of kind "goodput".
 
-    `start`: reading models and data and restoring; `compile`: the first step; `step`: what is neither of the others;
+    `start`: reading models and data and restoring; `compile`: the first step; `steps`: what is neither of the others;
     `data`: waiting for batches; `evaluate`; `save`: waiting for checkpoints; `lost`: what the process before did after
     the checkpoint that this one goes on from, as far as its lines tell.
     """
 
-    KINDS = ("start", "compile", "step", "data", "evaluate", "save", "lost")
+    KINDS = ("start", "compile", "steps", "data", "evaluate", "save", "lost")
 
     def __init__(self) -> None:
         self._began, self._since = round(time.time(), 3), time.monotonic()
@@ -119,7 +119,7 @@ class Goodput:
     def told(self) -> dict[str, float]:
         """Seconds by kind so far, and when this process began, in Unix time."""
         rest = time.monotonic() - self._since - (sum(self.seconds.values()) - self.seconds["lost"])
-        return {"began": self._began} | {k: round(v, 3) for k, v in (self.seconds | {"step": rest}).items()}
+        return {"began": self._began} | {k: round(v, 3) for k, v in (self.seconds | {"steps": rest}).items()}
 
 
 def goodput(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -131,9 +131,9 @@ def goodput(lines: list[dict[str, Any]]) -> dict[str, float]:
 def goodput_line(seconds: dict[str, float]) -> str:
     """`steps 81% of 1:02:31, start 2%, ...`: the largest first."""
     total = max(sum(seconds[kind] for kind in Goodput.KINDS), 1e-9)
-    rest = sorted(((seconds[kind], kind) for kind in Goodput.KINDS if kind != "step"), reverse=True)
+    rest = sorted(((seconds[kind], kind) for kind in Goodput.KINDS if kind != "steps"), reverse=True)
     shares = [f"{name} {value / total:.1%}" for value, name in rest if value / total >= 0.0005]
-    return ", ".join([f"steps {seconds['step'] / total:.1%} of {duration(total)}", *shares])
+    return ", ".join([f"steps {seconds['steps'] / total:.1%} of {duration(total)}", *shares])
 
 
 class Progress:

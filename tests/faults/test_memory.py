@@ -22,18 +22,22 @@ def told(loop, step, *rest):
 train._Loop._evaluate = told
 entry.run(train.main, COMMANDS["train"])
 """
-GROWTH = 8 * 2**20
-"""Bytes that a process may hold more of at the end than after two fifths of its steps: pools and fragments."""
+ALLOWED, A_SAVE = 4 * 2**20, 4 * 2**20
+"""Bytes that a process may hold more of at the end than after two fifths of its steps, and for each save between."""
 
 
-@pytest.mark.parametrize("steps", [300, pytest.param(2000, marks=pytest.mark.nightly)])
-def test_steps_checkpoints_and_ten_evaluations(assets, tmp_path, steps, record_property):
-    changes = {**MIXED, "steps": steps, "save_every": steps // 10, "eval__every": steps // 10, "log_every": 50}
+@pytest.mark.parametrize(
+    "steps, saves",
+    [(300, 1), pytest.param(2000, 1, marks=pytest.mark.nightly), pytest.param(2000, 20, marks=pytest.mark.nightly)],
+)
+def test_long_runs_with_ten_evaluations_hold_no_more_memory(assets, tmp_path, steps, saves, record_property):
+    """Orbax and tensorstore keep about a megabyte of each save of these tiny models, whatever the arrays' sizes."""
+    changes = {**MIXED, "steps": steps, "save_every": steps // saves, "eval__every": steps // 10, "log_every": 5}
     command = [sys.executable, "-c", TOLD, *arguments(assets, tmp_path / "run", **changes)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert run.returncode == 0, run.stderr
     held = {int(step): int(size) for step, size in re.findall(r"^held (\d+) (\d+)$", run.stdout, re.MULTILINE)}
     assert len(held) == 11  # the start, and ten
-    early, late = held[steps // 5 * 2], held[steps]
-    record_property("growth", f"{(late - early) / 2**20:+.1f} MiB")
-    assert late - early < GROWTH, {k: v >> 20 for k, v in held.items()}
+    grown = held[steps] - held[steps * 2 // 5]
+    record_property("grown", f"{grown / 2**20:+.1f} MiB")
+    assert grown < ALLOWED + A_SAVE * saves * 3 // 5, {k: v >> 20 for k, v in held.items()}
