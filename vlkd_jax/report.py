@@ -84,13 +84,17 @@ def write_report(directory: Path) -> Path:
     suites = result.get("suites") if isinstance(result, dict) else None
     if not suites:
         raise UserError(f"{path}: no suite in it; let vlkd evaluate finish one")
-    sections = [_section(name, metrics, read_jsonl(directory / name / PREDICTIONS)) for name, metrics in suites.items()]
-    page = PAGE.substitute(
-        names=escaped(", ".join(suites)),
-        style=STYLE,
-        suites="\n".join(sections),
-        circumstances=_circumstances(result),
-    )
+    try:
+        rows = {name: read_jsonl(directory / name / PREDICTIONS) for name in suites}
+        page = PAGE.substitute(
+            names=escaped(", ".join(suites)),
+            style=STYLE,
+            suites="\n".join(_section(name, metrics, rows[name]) for name, metrics in suites.items()),
+            circumstances=_circumstances(result),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # files that somebody has changed
+        told = f"{type(error).__name__} {error}"
+        raise UserError(f"{directory}: not as vlkd evaluate left it ({told}); evaluate again") from error
     (directory / "report").mkdir(exist_ok=True)
     write_atomic(directory / "report" / "index.html", page.encode())
     return directory / "report" / "index.html"

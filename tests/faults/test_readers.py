@@ -26,8 +26,10 @@ from configs import suites
 from vlkd_jax.compare import compare_paths, read_evaluation
 from vlkd_jax.data import inputs, tar
 from vlkd_jax.data.images import check_picture, open_image, resize_and_crop
-from vlkd_jax.data.sources import FolderPairs, TextLines
-from vlkd_jax.data.teacher_cache import read_manifest
+from vlkd_jax.data.prepare import Options, prepare
+from vlkd_jax.data.records import RecordPairs
+from vlkd_jax.data.sources import FolderPairs, Record, TextLines
+from vlkd_jax.data.teacher_cache import CachedPairs, _opened, pack, row_type
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals import caption_suite, vqa_suite
@@ -38,7 +40,9 @@ from vlkd_jax.hf.convert import convert
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.student import load_student, read_prompts, read_student_config
 from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.report import write_report
 from vlkd_jax.runs import run_config
+from vlkd_jax.types import TeacherOutputs
 
 STUDENT = Path(__file__).parents[2] / "vlkd_jax" / "shapes" / "models" / "student"
 IMAGES = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]
@@ -237,6 +241,52 @@ def test_tables_to_prepare(folder, fuzzed, kind):
     fuzzed(read, damaged(whole), examples=100)
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A directory of record files, as `vlkd prepare` writes it."""
+    place = tmp_path_factory.mktemp("prepare")
+    for name in ("a", "b", "c"):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(place / f"{name}.png")
+    (place / "pairs.tsv").write_text("a red ball\ta.png\nb\tb.png\nc\tc.png\n")
+    columns = inputs.Columns("1", "0", str(place))
+    prepare(place / "pairs.tsv", place / "data", columns, Options(rows=2, short=4), workers=1)
+    return place / "data"
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "records"])
+def test_record_directories(prepared, tmp_path, fuzzed, name):
+    directory = shutil.copytree(prepared, tmp_path / "data")
+    path = next(directory.glob("*.array_record*")) if name == "records" else directory / name
+    whole = path.read_bytes()
+
+    def read(data):
+        path.write_bytes(data)
+        pairs = read_or_refuse(lambda: RecordPairs(directory, "train"), directory)
+        for k in range(len(pairs) if pairs is not None else 0):
+            record = read_or_refuse(lambda k=k: pairs[k], directory)
+            assert record is None or isinstance(record.text, str)
+
+    json_value = st.nothing() if name == "records" else broken(json.loads(whole)).map(lambda v: json.dumps(v).encode())
+    fuzzed(read, st.one_of(damaged(whole), json_value), examples=60)
+
+
+def test_an_evaluation_to_report(tmp_path, fuzzed):
+    suite = json.loads(suites.get_config("vqav2").vqav2.to_json_best_effort())
+    figures = {"overall": 0.5, "overall_interval": [0.4, 0.6], "n": 1, "rules": {"official": 0.5}, "scorer": "x"}
+    whole = {"suites": {"vqav2": figures | {"suite": suite, "files": {}}}, "seed": 0, "devices": ["cpu"]}
+    whole |= {"checkpoint": {"step": 3, "inputs": {}}, "python": "3.11", "versions": {}}
+    row = {"task": "vqa", "id": 1, "image": "a.png", "prompt": "p", "answers": ["x"] * 10, "raw": "x", "score": 1.0}
+    (tmp_path / "vqav2").mkdir()
+
+    def read(value, rows):
+        (tmp_path / "metrics.json").write_text(json.dumps(value))
+        (tmp_path / "vqav2" / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        read_or_refuse(lambda: write_report(tmp_path), tmp_path)
+
+    rows = st.one_of(st.just([row]), broken([row]).filter(lambda value: isinstance(value, list)))
+    fuzzed(read, st.one_of(st.just(whole), broken(whole)), rows, examples=60)
+
+
 # captions, questions, predictions
 
 
@@ -372,11 +422,38 @@ def test_the_config_of_a_run(tmp_path, fuzzed):
     fuzzed(read, broken(whole), examples=60)
 
 
-def test_the_manifest_of_a_teacher_cache(tmp_path, fuzzed):
-    whole = {"key": {"clip": {"a": "b"}}, "shards": {"0.npy": {"sha256": "x"}}, "rows": 4}
+class Captions:
+    """Records without pictures, as a cache stands before."""
 
-    def read(value):
-        (tmp_path / "manifest.json").write_text(json.dumps(value))
-        read_or_refuse(lambda: read_manifest(tmp_path), tmp_path)
+    def __len__(self):
+        return 4
 
-    fuzzed(read, broken(whole))
+    def __getitem__(self, index):
+        return Record(f"caption {index}", None, name=str(index))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "faults.jsonl", "0.npy"])
+def test_a_teacher_cache(tmp_path, fuzzed, name):
+    shapes = TeacherOutputs(None, (3,), (3,))
+    rows = np.zeros(2, row_type(shapes, "float32"))
+    pack(rows, TeacherOutputs(None, np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)))
+    for shard in ("0.npy", "1.npy"):
+        np.save(tmp_path / shard, rows)
+    size, key = (tmp_path / "0.npy").stat().st_size, {"clip": {"a": "b"}}
+    manifest = {"key": key, "shards": {shard: {"bytes": size} for shard in ("0.npy", "1.npy")}, "rows": 2}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "faults.jsonl").write_text('[3, "image does not decode", "3.png: broken"]\n')
+    whole = (tmp_path / name).read_bytes()
+
+    def read(data):
+        (tmp_path / name).write_bytes(data)
+        if name == "0.npy":  # past the look at its size
+            manifest["shards"]["0.npy"] = {"bytes": len(data)}
+            (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        _opened.cache_clear()
+        pairs = read_or_refuse(lambda: CachedPairs(Captions(), str(tmp_path), key), tmp_path)
+        for k in range(4 if pairs is not None else 0):
+            read_or_refuse(lambda k=k: pairs[k], tmp_path, "3.png", "")
+
+    json_value = broken(json.loads(whole)).map(lambda v: json.dumps(v).encode()) if name != "0.npy" else st.nothing()
+    fuzzed(read, st.one_of(damaged(whole), json_value), examples=100)

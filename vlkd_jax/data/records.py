@@ -38,7 +38,9 @@ class RecordPairs:
                 raise UserError(f"{self.path}: its records have no {' and no '.join(missing)}; they have {there}")
             self._check_files(builder)
             self.source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        except (ValueError, AssertionError, KeyError, OSError) as error:  # tfds' own, of several kinds
+        except UserError:
+            raise
+        except Exception as error:  # tensorflow-datasets raises nearly anything for damaged descriptions
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}: split {split!r} cannot be read ({reason})") from error
 

@@ -128,20 +128,35 @@ class _Opened:
     def __init__(self, directory: Path):
         manifest = read_manifest(directory)
         self.directory, self.shards, self.rows = directory, list(manifest["shards"]), manifest["rows"]
-        lines = (directory / FAULTS).read_text(encoding="utf-8").splitlines()
-        self.faults = {index: (reason, message) for index, reason, message in map(json.loads, lines)}
+        self.faults = _read_faults(directory / FAULTS)
         self._arrays: dict[int, np.ndarray] = {}
 
     def row(self, index: int) -> np.void:
-        """Raises UserError for a file that is none."""
+        """Raises UserError for a file that is none, or that has no such row."""
         number, place = divmod(index, self.rows)
+        if number >= len(self.shards):
+            raise UserError(f"{self.directory}: no row {index} in it; {AGAIN}")
         if number not in self._arrays:  # without pickle: nothing in a file is ever run
             path = self.directory / self.shards[number]
             try:
                 self._arrays[number] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # numpy raises nearly anything for a damaged header
                 raise UserError(f"{path}: not readable ({error}); {AGAIN}") from error
+        if self._arrays[number].ndim != 1 or place >= len(self._arrays[number]):
+            raise UserError(f"{self.directory / self.shards[number]}: no row {place} in it; {AGAIN}")
         return self._arrays[number][place]
+
+
+def _read_faults(path: Path) -> dict[int, tuple[str, str]]:
+    """{index of a record: (reason, message)} of those that could not be used."""
+    try:
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        faults = {index: (str(reason), str(message)) for index, reason, message in lines}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); {AGAIN}") from error
+    if not all(isinstance(index, int) for index in faults):
+        raise UserError(f"{path}: a record without a number; {AGAIN}")
+    return faults
 
 
 @functools.lru_cache(maxsize=8)
@@ -156,8 +171,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise UserError(f"{directory}: not whole yet; the same vlkd cache-teacher goes on where it was")
         raise UserError(f"{directory}: no {MANIFEST} in it; name the --output of vlkd cache-teacher")
     manifest = read_json(directory / MANIFEST)
-    if not isinstance(manifest, dict) or not {"key", "shards", "rows"} <= set(manifest):
+    key, shards, rows = (
+        (manifest.get(n) for n in ("key", "shards", "rows")) if isinstance(manifest, dict) else [None] * 3
+    )
+    is_whole = isinstance(key, dict) and isinstance(shards, dict) and isinstance(rows, int) and rows > 0
+    if not is_whole or not all(isinstance(shard, dict) and "bytes" in shard for shard in shards.values()):
         raise UserError(f"{directory / MANIFEST}: not the manifest of a teacher cache; {AGAIN}")
+    if any(Path(name).name != name for name in shards):
+        raise UserError(f"{directory / MANIFEST}: a file of rows that lies elsewhere; {AGAIN}")
     return manifest
 
 
