@@ -201,7 +201,7 @@ def _read_inputs(path: epath.Path) -> Hashes:
         return {}
     try:
         inputs = json.loads(path.read_bytes())
-        return {field: dict(hashes.items()) for field, hashes in inputs.items()}
+        return {field: {name: str(digest) for name, digest in hashes.items()} for field, hashes in inputs.items()}
     except (ValueError, AttributeError, TypeError) as e:
         raise UserError(f"{path}: not readable as the hashes of this run's files ({e}); restore it") from e
 

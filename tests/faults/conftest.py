@@ -3,7 +3,7 @@
 import pytest
 from fuzzing import fuzz, harmless
 
-READER_SECONDS = 75
+READER_SECONDS = 60
 """Of fuzzing each reader in the nightly run: half an hour for all of them."""
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from configs import suites
+from configs import base, suites
 from vlkd_jax.compare import compare_paths, read_evaluation
 from vlkd_jax.data import inputs, tar
 from vlkd_jax.data.images import check_picture, open_image, resize_and_crop
@@ -32,13 +32,14 @@ from vlkd_jax.data.sources import FolderPairs, Record, TextLines
 from vlkd_jax.data.teacher_cache import CachedPairs, _opened, pack, row_type
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.evals import caption_suite, vqa_suite
+from vlkd_jax.evals import caption_suite, classification_suite, summary_suite, vqa_suite
 from vlkd_jax.evals.predictions import read_predictions
 from vlkd_jax.evals.retrieval_suite import retrieval_items
 from vlkd_jax.evals.scoring import Files, judged_rows
 from vlkd_jax.hf.convert import convert
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.student import load_student, read_prompts, read_student_config
+from vlkd_jax.identity import INPUTS_FILE, check_inputs
 from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.report import write_report
 from vlkd_jax.runs import run_config
@@ -297,6 +298,8 @@ def items(name, **files):
         "vqav2": vqa_suite.vqa_items,
         "coco_caption": caption_suite.caption_items,
         "flickr30k_retrieval": retrieval_items,
+        "imagenet_zeroshot": classification_suite.classification_items,
+        "xsum": summary_suite.summary_items,
     }
     return lambda: list(readers[name](suite))
 
@@ -359,6 +362,38 @@ def test_questions_and_answers(folder, fuzzed):
     fuzzed(read, broken(QUESTIONS), broken(ANSWERS), st.sampled_from(["questions", "answers", "both"]), examples=150)
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "classes.txt", "classes.json"])
+def test_classes_and_labels(folder, fuzzed, name):
+    files = {
+        "labels.csv": b"ImageId,PredictionString\na,n01 1 2 3 4\nb,n02 1 2 3 4\n",
+        "classes.txt": b"n01 tench, Tinca tinca\nn02 goldfish\n",
+        "classes.json": b'{"n01": "tench", "n02": "goldfish"}',
+    }
+    for other, whole in files.items():
+        (folder / other).write_bytes(whole)
+    classes = folder / (name if name.startswith("classes") else "classes.txt")
+    places = {"images": folder, "labels": folder / "labels.csv", "classes": classes, "image_name": "{image_id}.png"}
+
+    def read(data):
+        (folder / name).write_bytes(data)
+        read_or_refuse(items("imagenet_zeroshot", **places), folder, "config.")
+
+    fuzzed(read, st.one_of(damaged(files[name]), BYTES), examples=100)
+
+
+@pytest.mark.parametrize("name", ["documents", "summaries"])
+def test_documents_and_summaries(tmp_path, fuzzed, name):
+    places = {field: tmp_path / f"test.{field}" for field in ("documents", "summaries")}
+    for path in places.values():
+        path.write_text("first\nsecond\nthird\n")
+
+    def read(data):
+        places[name].write_bytes(data)
+        read_or_refuse(items("xsum", **places), *places.values())
+
+    fuzzed(read, st.one_of(damaged(b"first\nsecond\nthird\n"), BYTES), examples=100)
+
+
 PREDICTIONS = {
     "vqav2": ([{"question_id": 1, "answer": "x"}, {"question_id": 2, "answer": "y"}], ANSWERS),
     "caption": ([{"image_id": 1, "caption": "a ball"}, {"image_id": 2, "caption": "b"}], COCO),
@@ -410,9 +445,17 @@ def test_rows_to_compare(tmp_path, fuzzed):
 # what runs leave
 
 
-def test_the_config_of_a_run(tmp_path, fuzzed):
-    from vlkd_jax.configs import base
+def test_the_hashes_of_a_runs_files(tmp_path, fuzzed):
+    whole = {"clip": {"config.json": "ab", "model.safetensors": "cd"}, "data.captions": {"c.json": "ef"}}
 
+    def read(value):
+        (tmp_path / INPUTS_FILE).write_text(json.dumps(value))
+        read_or_refuse(lambda: check_inputs(tmp_path, base.get_config(), whole), tmp_path, "started with")
+
+    fuzzed(read, broken(whole), examples=100)
+
+
+def test_the_config_of_a_run(tmp_path, fuzzed):
     whole = json.loads(base.get_config().to_json_best_effort())
 
     def read(value):
