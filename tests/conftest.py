@@ -90,7 +90,7 @@ def _faults(stats: dict[str, list[Any]]) -> list[str]:
             counted = counts.setdefault(
                 name.partition("[")[0].removeprefix("test_").replace("_", " "), collections.Counter()
             )
-            counted.update(all=1, held=outcome == "passed")
+            counted.update(all=1, held=int(outcome == "passed"))
             counted.update(files=sum(value for key, value in report.user_properties if key == "examples"))
     return [
         f"{name}: {count['held']}/{count['all']}" + (f", {count['files']:,} files" if count["files"] else "")
