@@ -51,7 +51,7 @@ vlkd_results=", --workdir DIR for the results" # for the message of the next two
 vlkd_require_writable "$workdir"
 vlkd_setup runtime
 cd "$VLKD_ROOT"
-# glibc gives a step's memory back to the system after each, and the kernel zeroes it again: a sixth of the time here
+# glibc gives a step's memory back to the system after each, and the kernel zeroes it again: a fifth of the processor time here
 export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=536870912 MALLOC_TRIM_THRESHOLD_=2147483647
 demo=("$VLKD_PYTHON" -m vlkd_jax demo "--workdir=$workdir" "--seed=$seed" "--setup_seconds=$VLKD_SETUP_SECONDS")
 [[ -n $parity ]] || exec "${demo[@]}"

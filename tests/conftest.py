@@ -81,20 +81,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _faults(stats: dict[str, list[Any]]) -> list[str]:
-    """Of each test below tests/faults, how often it held, and of how many files that were read."""
+    """Of each test below tests/faults, how often it held, of how many files that were read, and what memory grew by."""
     reports = [(report, outcome) for outcome in ("passed", "failed", "error") for report in stats.get(outcome, [])]
-    counts: dict[str, collections.Counter[str]] = {}
+    lines: dict[str, collections.Counter[str]] = {}
     for report, outcome in reports:
         path, _, name = report.nodeid.partition("::")
         if path.startswith("tests/faults/"):
-            counted = counts.setdefault(
-                name.partition("[")[0].removeprefix("test_").replace("_", " "), collections.Counter()
-            )
-            counted.update(all=1, held=int(outcome == "passed"))
-            counted.update(files=sum(value for key, value in report.user_properties if key == "examples"))
+            told = name.partition("[")[0].removeprefix("test_").replace("_", " ")
+            line = lines.setdefault(told, collections.Counter())
+            line.update(all=1, held=int(outcome == "passed"))
+            line.update(dict(report.user_properties))
+    units = {"files": "files", "mebibytes": "MiB more in the end"}
     return [
-        f"{name}: {count['held']}/{count['all']}" + (f", {count['files']:,} files" if count["files"] else "")
-        for name, count in counts.items()
+        ", ".join(
+            [f"{name}: {line['held']}/{line['all']}", *(f"{line[k]:,} {u}" for k, u in units.items() if k in line)]
+        )
+        for name, line in lines.items()
     ]
 
 

@@ -65,7 +65,7 @@ def damaged(draw, whole: bytes):
         if kind == "flip" and data:
             data[place] ^= 1 << draw(st.integers(0, 7))
         elif kind == "number":
-            value, size = draw(st.sampled_from([0, 1, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62])), 8
+            value = draw(st.sampled_from([0, 1, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62]))
             size = draw(st.sampled_from([1, 2, 4, 8]))
             order = draw(st.sampled_from(["little", "big"]))
             data[place : place + size] = (value % 256**size).to_bytes(size, order)

@@ -23,6 +23,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from running import same_bits
 from tiny import tiny_config, without_gloo
 
 from vlkd_jax import checkpoint, manifest
@@ -71,12 +72,6 @@ def abstract(state: Any, count: int = 1) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shard(x)), state)
 
 
-def assert_same_bits(one: Any, other: Any) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def save_steps(directory: Path, *steps: int, keep: int = 9) -> None:
     with Checkpoints(directory, keep) as checkpoints:
         for step in steps:
@@ -101,7 +96,7 @@ def test_round_trip_is_bit_equal_on_any_number_of_devices(tmp_path, saved_on, lo
         assert checkpoints.latest() == 7
         step, loaded, meta = checkpoints.restore(abstract(state, loaded_on))
     assert (step, meta) == (7, {"examples": 448, "note": "é"})
-    assert_same_bits(state, loaded)
+    same_bits(state, loaded)
     assert len(loaded["params"]["a"]["kernel"].sharding.device_set) == loaded_on
 
 
@@ -117,7 +112,7 @@ def test_the_state_may_be_donated_once_save_returns(tmp_path, count):
                 state = change(state)
             jax.block_until_ready(state)
             checkpoints.wait()
-            assert_same_bits(checkpoints.restore(abstract(state, count))[1], expected)
+            same_bits(checkpoints.restore(abstract(state, count))[1], expected)
 
 
 def test_50_random_flips_and_truncations_are_all_found(tmp_path, capsys):
@@ -139,7 +134,7 @@ def test_50_random_flips_and_truncations_are_all_found(tmp_path, capsys):
             file.write_bytes(content[:place])
         step, state, meta = restore(tmp_path)
         assert (step, meta) == (10, {"examples": 640}), file
-        assert_same_bits(state, expected)
+        same_bits(state, expected)
         assert "warning: checkpoint" in (warning := capsys.readouterr().err) and str(newest) in warning
         file.write_bytes(content)
     assert restore(tmp_path)[0] == 20
@@ -180,7 +175,7 @@ def test_what_was_not_seen_to_be_good_does_not_count_as_kept(tmp_path):
         assert step_names(tmp_path) == ["step_00000020", "step_00000025", "step_00000030"]
         checkpoints.save(30, make_state(30), {}, wait=True)
         assert step_names(tmp_path) == ["step_00000025", "step_00000030", "step_00000030.damaged-1"]
-        assert_same_bits(checkpoints.restore(abstract(make_state(0)))[1], make_state(30))
+        same_bits(checkpoints.restore(abstract(make_state(0)))[1], make_state(30))
         checkpoints.save(40, make_state(40), {})
         checkpoints.save(50, make_state(50), {}, wait=True)
         assert step_names(tmp_path) == ["step_00000040", "step_00000050"]
@@ -355,7 +350,7 @@ def test_some_parts_are_read_without_the_others(tmp_path, names):
     wanted = {name: part for name, part in abstract(make_state(0)).items() if name in names}
     step, parts, meta = Checkpoints(tmp_path).restore(wanted)
     assert (step, meta) == (7, {"examples": 448})
-    assert_same_bits(parts, {name: part for name, part in make_state(7).items() if name in names})
+    same_bits(parts, {name: part for name, part in make_state(7).items() if name in names})
 
 
 def test_a_flip_in_any_file_of_one_part_stops_only_who_reads_it(tmp_path, capsys):
@@ -371,7 +366,7 @@ def test_a_flip_in_any_file_of_one_part_stops_only_who_reads_it(tmp_path, capsys
             step, parts, meta = Checkpoints(tmp_path).restore({name: wanted[name]})
             assert step == (20 if part in ALL and name != part else 10), (file, name)
             assert meta == {"examples": 64 * step}
-            assert_same_bits(parts, {name: make_state(step)[name]})
+            same_bits(parts, {name: make_state(step)[name]})
         assert restore(tmp_path)[0] == 10
         file.write_bytes(content)
     assert {*ALL, "_CHECKPOINT_METADATA", MANIFEST} <= seen
@@ -391,7 +386,7 @@ def test_an_optimizer_that_is_visibly_damaged_is_told_where_it_is_not_read(tmp_p
         file.write_bytes(file.read_bytes()[:-1])
     step, parts, _ = Checkpoints(tmp_path).restore({"params": abstract(make_state(0))["params"]})
     assert step == 20
-    assert_same_bits(parts, {"params": make_state(20)["params"]})
+    same_bits(parts, {"params": make_state(20)["params"]})
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and "step_00000020 is read without its damaged part: opt_state/" in warnings[0]
     assert Checkpoints(tmp_path).latest() is None
@@ -409,7 +404,7 @@ def test_a_step_read_in_part_does_not_count_as_kept(tmp_path):
         assert step_names(tmp_path) == ["step_00000010", "step_00000020", "step_00000030"]
         checkpoints.save(20, make_state(20), {}, wait=True)  # written anew, for it is not known to be good
         assert step_names(tmp_path) == ["step_00000020", "step_00000020.damaged-1", "step_00000030"]
-    assert_same_bits(restore(tmp_path)[1], make_state(30))
+    same_bits(restore(tmp_path)[1], make_state(30))
 
 
 def test_a_step_damaged_after_it_was_written_is_written_again(tmp_path):
@@ -419,7 +414,7 @@ def test_a_step_damaged_after_it_was_written_is_written_again(tmp_path):
         flip(largest(tmp_path / "step_00000020" / "opt_state"))
         assert checkpoints.restore(abstract(make_state(0)))[0] == 10
         checkpoints.save(20, make_state(20), {}, wait=True)
-        assert_same_bits(checkpoints.restore(abstract(make_state(0)))[1], make_state(20))
+        same_bits(checkpoints.restore(abstract(make_state(0)))[1], make_state(20))
 
 
 def test_meta_of_many_kilobytes(tmp_path):
@@ -492,8 +487,8 @@ def test_what_a_damaged_part_of_a_run_stops(assets, tmp_path, part):
     _, params, step = load_run(tmp_path)
     assert step == (2 if part == "opt_state" else 1)
     if part == "opt_state":
-        assert_same_bits(params, state.params)
-    assert_same_bits(train(tiny_config(assets, steps=2, save_every=1), tmp_path), state)
+        same_bits(params, state.params)
+    same_bits(train(tiny_config(assets, steps=2, save_every=1), tmp_path), state)
     assert step_names(tmp_path / "checkpoints") == ["step_00000001", "step_00000002", "step_00000002.damaged-1"]
 
 
@@ -586,7 +581,7 @@ def test_two_processes_save_fall_back_and_fail_together(tmp_path):
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
         step, parts, meta = Checkpoints(shared).restore(wanted)
         assert (step, meta) == (2, {"step": 2})
-        assert_same_bits(parts, expected)
+        same_bits(parts, expected)
         assert {shard.data.shape for shard in parts["params"]["w"].addressable_shards} == {(4, 8 // count)}
 
 
@@ -606,7 +601,7 @@ def test_every_other_path_will_do(tmp_path, name):
     save_steps(tmp_path / name, 1)
     step, restored, _ = restore(tmp_path / name)
     assert step == 1
-    assert_same_bits(restored, make_state(1))
+    same_bits(restored, make_state(1))
 
 
 def test_a_link_leads_around_a_path_that_will_not_do(tmp_path):

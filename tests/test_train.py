@@ -21,7 +21,6 @@ from tiny import ROOT, arguments, environment, tiny_config
 
 from vlkd_jax import entry
 from vlkd_jax import train as module
-from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
 from vlkd_jax.shapes.sources import ShapesPairs
@@ -420,21 +419,3 @@ def test_impossible_values_are_named(assets, changes, words):
 def test_what_does_not_fit_the_task_is_named(assets, tmp_path, changes, words):
     with pytest.raises(UserError, match=re.escape(words)):
         train(tiny_config(assets, **changes), tmp_path / "run")
-
-
-def test_damaged_checkpoints_are_passed_over(whole_run, assets, tmp_path, capsys):
-    """The end of a run is damaged: it goes on from the step before and ends the same."""
-    expected = whole_run.state
-    config = tiny_config(assets, **MIXED)
-    same_bits(train(config, tmp_path / "run"), expected)
-    largest = max(
-        (tmp_path / "run" / "checkpoints" / "step_00000006").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
-    )
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    same_bits(train(config, tmp_path / "run"), expected)
-    captured = capsys.readouterr()
-    assert "step 3 of 6" in captured.out and "passed over" in captured.err
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        assert checkpoints.latest() == 6

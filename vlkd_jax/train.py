@@ -370,14 +370,17 @@ class _Loop:
         return state
 
     def _finish(self, step: int) -> None:
-        with self.spent.spent("save"):
-            self.checkpoints.wait()
+        self._wait_for_saves()
         if self.unusable.reasons:
             say(f"records passed over: {self.unusable}")
         memory = peak_memory()
         self.writer.write(step, "memory", memory)
         say("peak memory  " + "  ".join(f"{name} {value:.2f}" for name, value in memory.items()))
         self._tell_time(step)
+
+    def _wait_for_saves(self) -> None:
+        with self.spent.spent("save"):
+            self.checkpoints.wait()
 
     def _tell_time(self, step: int) -> None:
         seconds = self.spent.told()
@@ -422,7 +425,7 @@ class _Loop:
         """Raises Interrupted when `step` is saved; with early stopping the last state that was evaluated stands."""
         if not self.early_stop.metric:
             self._save(step, state)
-        self.checkpoints.wait()
+        self._wait_for_saves()
         self._tell_time(step)
         kept = self.checkpoints.latest()
         raise runtime.Interrupted(
@@ -431,7 +434,7 @@ class _Loop:
 
     def _last_good(self, step: int, state: TrainState) -> TrainState:
         """The newest checkpoint: the last evaluated state that was within the limit. The run is marked as complete."""
-        self.checkpoints.wait()
+        self._wait_for_saves()
         good, parts, _ = self.checkpoints.restore(jax.tree.map(_abstract, state.parts()))
         stopped = (json.dumps({"stopped_at": step, "checkpoint": good}) + "\n").encode()
         processes.on_first(lambda: write_atomic(self.stopped, stopped))

@@ -17,6 +17,6 @@ def fuzzed(request, tmp_path, record_property):
                 read(*values)
 
         seconds = READER_SECONDS if request.config.getoption("nightly") else 0
-        record_property("examples", fuzz(watched, *strategies, examples=examples, seconds=seconds))
+        record_property("files", fuzz(watched, *strategies, examples=examples, seconds=seconds))
 
     return run

@@ -496,7 +496,8 @@ def test_a_teacher_cache(tmp_path, fuzzed, name):
         _opened.cache_clear()
         pairs = read_or_refuse(lambda: CachedPairs(Captions(), str(tmp_path), key), tmp_path)
         for k in range(4 if pairs is not None else 0):
-            read_or_refuse(lambda k=k: pairs[k], tmp_path, "3.png", "")
+            with contextlib.suppress(RecordError):  # whatever the file says of why it could not be used
+                read_or_refuse(lambda k=k: pairs[k], tmp_path)
 
     json_value = broken(json.loads(whole)).map(lambda v: json.dumps(v).encode()) if name != "0.npy" else st.nothing()
     fuzzed(read, st.one_of(damaged(whole), json_value), examples=100)

@@ -115,6 +115,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(whole, assets,
     captured = capsys.readouterr()
     assert f"warning: checkpoint {newest} passed over" in captured.err
     assert f"step {int(before.name[5:])} of {STEPS}" in captured.out
+    assert [told["step"] for told in ckpt.look(tmp_path / "run", hashes=True) if told["fault"] is None][-1] == STEPS
 
 
 MUTATIONS = {
@@ -239,10 +240,9 @@ def command_of(kind, assets, place):
     if kind == "train":
         return ["train", *arguments(assets, place / "run", **RUN)], lambda: figures(place / "run")
     if kind == "prepare":
-        source, images = ROOT / "tests", assets.parent / "pictures"
-        source = images.with_suffix(".tsv")
-        argv = ["prepare", str(source), f"--images={images}", f"--output={place / 'data'}", "--rows=40", "--image=0"]
-        return [*argv, "--caption=1"], lambda: records(place / "data")
+        images = assets.parent / "pictures"
+        argv = ["prepare", str(images.with_suffix(".tsv")), f"--images={images}", f"--output={place / 'data'}"]
+        return [*argv, "--rows=40", "--image=0", "--caption=1"], lambda: records(place / "data")
     argv = ["evaluate", "--config=suites:shapes", "--checkpoint=builtin:shapes/student", f"--workdir={place / 'out'}"]
     return [*argv, *QUESTIONS], lambda: (place / "out" / "shapes" / "predictions.jsonl").read_bytes()
 
