@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -71,8 +72,11 @@ class MetricWriter:
 
 def _end_last_line(path: Path) -> None:
     """Ends a line that a kill or a full disk cut off: the next one must not be glued to it."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with open(path, "ab") as file:
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
             file.write(b"\n")
 
 
