@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from fuzzing import TEXT, VALUES, broken, damaged
+from fuzzing import TEXT, VALUES, broken, damaged, fuzz, harmless
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
@@ -58,6 +58,23 @@ QUESTIONS = {"questions": [{"question_id": k, "image_id": "a", "question": "what
 ANSWERS = {"annotations": [{"question_id": k, "answers": [{"answer": "x"}] * 10} for k in (1, 2)]}
 LINES = [{"image": "a.png", "caption": "a red ball"}, {"image": "b.png", "caption": "b"}]
 BYTES = st.one_of(st.binary(max_size=60), TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")))
+READER_SECONDS = 60
+"""Of fuzzing each reader in the nightly run: half an hour for all of them."""
+
+
+@pytest.fixture
+def fuzzed(request, tmp_path, record_property):
+    """Function (read, *strategies, examples): `read` gets draws, runs nothing, and ends; tells how many there were."""
+
+    def run(read, *strategies, examples=60):
+        def watched(*values):
+            with harmless(tmp_path):
+                read(*values)
+
+        seconds = READER_SECONDS if request.config.getoption("nightly") else 0
+        record_property("files", fuzz(watched, *strategies, examples=examples, seconds=seconds))
+
+    return run
 
 
 @pytest.fixture
@@ -488,6 +505,10 @@ def test_a_teacher_cache(tmp_path, fuzzed, name):
     (tmp_path / "faults.jsonl").write_text('[3, "image does not decode", "3.png: broken"]\n')
     whole = (tmp_path / name).read_bytes()
 
+    def row(pairs, k):
+        with contextlib.suppress(RecordError):  # whatever the file says of why it could not be used
+            return pairs[k]
+
     def read(data):
         (tmp_path / name).write_bytes(data)
         if name == "0.npy":  # past the look at its size
@@ -496,8 +517,7 @@ def test_a_teacher_cache(tmp_path, fuzzed, name):
         _opened.cache_clear()
         pairs = read_or_refuse(lambda: CachedPairs(Captions(), str(tmp_path), key), tmp_path)
         for k in range(4 if pairs is not None else 0):
-            with contextlib.suppress(RecordError):  # whatever the file says of why it could not be used
-                read_or_refuse(lambda k=k: pairs[k], tmp_path)
+            read_or_refuse(lambda k=k: row(pairs, k), tmp_path)
 
     json_value = broken(json.loads(whole)).map(lambda v: json.dumps(v).encode()) if name != "0.npy" else st.nothing()
     fuzzed(read, st.one_of(damaged(whole), json_value), examples=100)
