@@ -13,9 +13,10 @@ PROMPTS = {
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise
+            "objective": "vlkd",  # vlkd | clip_contrastive | bart_denoise | classify | summarize | caption | answer
             "clip": "",  # Hugging Face directory or builtin:shapes/clip; the teacher, or what clip_contrastive trains
             "bart": "",  # Hugging Face directory or builtin:shapes/bart; where the student or bart_denoise starts
+            "start": "",  # caption, answer: the export that they fine-tune, or builtin:shapes/student
             "seed": 0,  # of the data's order (shapes: of the scenes), the corruption, the dropout and the two linears
             "steps": 1000,
             "batch_size": 64,  # global: pairs (or texts) an optimizer step
@@ -25,14 +26,22 @@ def get_config() -> ConfigDict:
             "remat": False,  # recompute layers in the backward pass: less memory, more time
             "remat_policy": "nothing",  # what is kept of a layer nevertheless: nothing | dots (its matrix products)
             "data": {
-                "source": "shapes",  # shapes | shapes_texts | folder | tfds
+                "source": "shapes",  # shapes | shapes_texts | folder | tfds | glue | documents | questions
                 "captions": "",  # folder: COCO captions .json, or .jsonl (image, caption), or .tsv (image<TAB>caption)
-                "images": "",  # folder: where the images lie
-                "directory": "",  # tfds: record files, as vlkd prepare writes them; with weights several: DIR,DIR
+                "images": "",  # folder, questions: where the images lie
+                # tfds: record files, as vlkd prepare writes them; with weights several: DIR,DIR
+                # glue: the folder of one task, glue/RTE; documents: that of train.jsonl, .parquet or .source
+                "directory": "",
+                "task": "rte",  # glue: cola | sst2 | mrpc | stsb | qqp | mnli | qnli | rte | wnli
+                "questions": "",  # questions: VQA v2's file of questions, or one like it
+                "annotations": "",  # questions: the file of their answers, of which the most frequent is learned
+                "image_name": "COCO_train2014_{image_id:012d}.jpg",  # questions: of a picture
+                "examples": 0,  # so many records to train on, of classes so many of each (few-shot); 0: all
                 "weights": (),  # tfds: of each directory its share of what is drawn, in any unit: 3,1
                 "split": "train[1%:]",  # tfds: what is trained on, in tensorflow-datasets' terms
                 "validation_split": "train[:1%]",  # tfds: what is held out
-                "validation_every": 20,  # folder: one image in so many is held out, with all its captions
+                # one image (or document) in so many is held out, with all its captions, where there is no other split
+                "validation_every": 20,
                 "teacher_cache": "",  # from vlkd cache-teacher, instead of decoding pictures and running the teacher
                 "replay": "",  # texts for loss.denoise and retention: shapes_texts, captions, a file (a text a line)
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)

@@ -9,6 +9,7 @@ Prompts: the encoder reads the one with `<mask>`, the decoder is forced through 
 from ml_collections import ConfigDict
 
 from vlkd_jax.configs import base
+from vlkd_jax.data.glue import GLUE
 from vlkd_jax.errors import UserError
 
 DECODING = {  # see vlkd_jax/decoding/options.py
@@ -140,12 +141,25 @@ SUITES = {
             "a photo of the small {name}.",
         ),
     },
+    **{
+        f"glue_{name}": {
+            "kind": "glue",
+            "root": "",
+            "task": name,
+            "split": task.validation[0],  # of MNLI also dev_mismatched
+            "labelled": True,  # False: of a test set, which is answered without a score
+            "rows": f"{task.folder}/{{split}}.tsv",  # or that with .gz
+            "metric": "glue",
+        }
+        for name, task in GLUE.items()
+    },
     "xsum": {
         "kind": "summary",
         "root": "",
         "split": "test",
-        "documents": "{split}.source",  # one a line; cut to what the encoder has positions for
-        "summaries": "{split}.target",  # one a line; none: written without a score
+        # one a line, or .jsonl, .parquet with the column document; cut to what the encoder has positions for
+        "documents": "{split}.source",
+        "summaries": "{split}.target",  # likewise, with the column summary; none: written without a score
         "metric": "rouge",
         "summary_encoder": "{document}",
         "summary_decoder": "",

@@ -34,7 +34,7 @@ from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, place
 from vlkd_jax.evals.runner import run_suite
-from vlkd_jax.evals.suite import Item, check_prompts
+from vlkd_jax.evals.suite import Item
 from vlkd_jax.evals.suites import SUITES
 from vlkd_jax.evals.vqa_files import version_of
 from vlkd_jax.hf.student import is_student
@@ -56,7 +56,7 @@ TEMPLATES = {
     "image_name": ("image_id", "split"),
 }
 """Fields of suites that are templates, or several of them, and what is filled in."""
-FILES = ("questions", "annotations", "answers", "captions", "labels", "classes", "documents", "summaries")
+FILES = ("questions", "annotations", "answers", "captions", "labels", "classes", "documents", "summaries", "rows")
 """Fields of suites that name a file."""
 TOWERS = ("student", "clip")
 
@@ -110,10 +110,11 @@ def evaluate(
         predictions below `workdir/before`.
 
     Raises:
-      UserError: a prompt that is too long for the model.
+      UserError: a prompt that is too long for the model, or what it cannot read.
     """
-    for name in items:
-        check_prompts(name, model, items[name])
+    for name, suite in variants(suites):
+        for item in items[name]:
+            SUITES[suite.kind].check(name, model, item)
     for name, suite in variants(suites):
         kind, place = SUITES[suite.kind], workdir / name
         settings = settings_of(suites, suite, model)
@@ -260,6 +261,7 @@ def check_left_out(results: dict[str, Any]) -> None:
 def _headlines(metrics: dict[str, Any], prefix: str = "") -> list[str]:
     names = ("overall", "exact_match", "attribute_f1", "word_f1", "r_at_1", "clip_r_at_1", "text_to_image_r_at_1")
     names += ("CIDEr", "Bleu_4", "ROUGE_L", "image_to_text_r_at_1", "top_1", "top_5", "rouge1", "rouge2", "rougeL")
+    names += ("accuracy", "f1", "matthews", "pearson", "spearman", "majority")
     lines = [f"{prefix}{name} {metrics[name]:.3f}" for name in names if name in metrics]
     lines += [f"{prefix}{name} {metrics[name]}" for name in ("n", "unscored", "escaped", "cut") if name in metrics]
     for name in ("vqa", "vqa_blind", "vqa_majority", "caption", "text_qa", "retrieval"):

@@ -29,15 +29,19 @@ INPUTS_FILE = "inputs.json"
 TEXTS_OF_THE_RUN = ("", "captions", "shapes_texts")
 """Values of `config.data.replay` that are not a file."""
 
-FIELDS = ("clip", "bart", "data.captions", "data.directory", "data.replay", "data.teacher_cache")
-"""The fields whose files are hashed: two directories, two files, and of a directory of records what describes them."""
+MODELS = ("clip", "bart", "start")
+"""Fields that name a model's directory: what a trained student needs."""
+FILES = ("captions", "questions", "annotations", "replay")
+"""Fields of `config.data` that name a file."""
+FIELDS = (*MODELS, *(f"data.{name}" for name in FILES), "data.directory", "data.teacher_cache")
+"""The fields whose files are hashed; of a directory of records what describes them."""
 DESCRIPTIONS = ("manifest.json", "dataset_info.json")
 """One of them is hashed, the first that is there; the manifest holds the hashes of the record files."""
-MODELS = ("clip", "bart")
-"""Those of `FIELDS` that a trained student needs."""
+TEXT_FILES = ("train", "dev", "validation")
+"""What the names of the files in a directory without a description begin with that are hashed."""
 
 PARENTS = "parents"
-"""The folder of a run's own copies of the models it started from, clip/ and bart/."""
+"""The folder of a run's own copies of the models it started from, clip/, bart/, start/."""
 KEEP = ("auto", "yes", "no")
 KEPT_BYTES = 2 * 2**30
 """What `config.keep_teacher=auto` copies at most, both models together."""
@@ -60,7 +64,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
                 config[field] = processes.on_first(lambda name=config[field]: pinned(name))
             elif not config[field].startswith(BUILTIN):
                 config[field] = _absolute(config[field])
-        for field in ("captions", "images", "teacher_cache"):
+        for field in ("captions", "images", "questions", "annotations", "teacher_cache"):
             config.data[field] = _absolute(config.data[field])
         config.data.directory = ",".join(map(_absolute, record_directories(config.data)))
         if config.data.replay not in TEXTS_OF_THE_RUN:
@@ -99,15 +103,14 @@ def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
     for field in MODELS:
         if config[field] and (directory := model_directory(config[field])).is_dir():
             files[field] = [directory / name for name in files_read(directory)]
-    for field, value in (("data.captions", config.data.captions), ("data.replay", config.data.replay)):
-        if value not in TEXTS_OF_THE_RUN and Path(value).is_file():
-            files[field] = [Path(value)]
+    for name in FILES:
+        if (value := config.data[name]) not in TEXTS_OF_THE_RUN and Path(value).is_file():
+            files[f"data.{name}"] = [Path(value)]
     for field, places in (
         ("data.directory", record_directories(config.data)),
         ("data.teacher_cache", [config.data.teacher_cache]),
     ):
-        described = [[Path(place) / name for name in DESCRIPTIONS] for place in places if place]
-        files[field] = [path for paths in described for path in [p for p in paths if p.is_file()][:1]]
+        files[field] = [path for place in places if place for path in _descriptions(Path(place))]
     files = {field: paths for field, paths in files.items() if field in fields}
     with ThreadPoolExecutor(4) as pool:
         return {
@@ -115,6 +118,12 @@ def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
             for field, paths in files.items()
             if paths
         }
+
+
+def _descriptions(directory: Path) -> list[Path]:
+    """What tells of the records in a directory; of one without a description the files themselves."""
+    described = [path for name in DESCRIPTIONS if (path := directory / name).is_file()][:1]
+    return described or sorted(path for path in directory.glob("*") if path.name.startswith(TEXT_FILES))
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -171,6 +180,7 @@ def _keep_models(parents: Path, given: dict[str, Path], keep: str, anew: bool) -
         try:
             aside.mkdir(parents=True)
             for file in (*files_read(source), *(("README.md",) if (source / "README.md").is_file() else ())):
+                (aside / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / file, aside / file)
             aside.rename(place)
         except OSError as error:

@@ -38,9 +38,11 @@ from vlkd_jax.decoding import (
 from vlkd_jax.decoding import rank as rank_texts
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.bart import Bart
-from vlkd_jax.models.clip import Clip, normalize_pixels
+from vlkd_jax.models.classifier import Classifier
+from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.vlkd import Student
-from vlkd_jax.tasks.distill import select_tokens
+from vlkd_jax.tasks.classify import encode_pair
+from vlkd_jax.tasks.distill import encode_pixels, select_tokens
 from vlkd_jax.types import Array, Params
 
 if TYPE_CHECKING:
@@ -231,16 +233,11 @@ def _pixels(model: VLKD, images: Iterable[Image.Image | np.ndarray], room: int) 
     return np.stack(_fill(rows, room))
 
 
-def _image_tokens(teacher: Clip, kind: str, params: Params, pixels: Array) -> Array:
-    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
-    return select_tokens(teacher.apply({"params": params}, normalised, method="encode_images"), kind)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _project_images(
     student: Student, teacher: Clip, image_tokens: str, params: Params, clip_params: Params, pixels: Array
 ) -> Memory:
-    tokens = _image_tokens(teacher, image_tokens, clip_params, pixels)
+    tokens = select_tokens(encode_pixels(teacher, clip_params, pixels), image_tokens)
     prefix = student.apply({"params": params}, tokens, method="image_prefix")
     bart = Bart(student.config, dtype=student.dtype)
     return project_memory(bart, params["bart"], prefix, jnp.ones(prefix.shape[:2], bool))
@@ -314,7 +311,7 @@ def _attention(
     target: Array,
 ) -> Array:
     """Mean weights [T, N] of one row."""
-    tokens = _image_tokens(teacher, image_tokens, clip_params, pixels)
+    tokens = select_tokens(encode_pixels(teacher, clip_params, pixels), image_tokens)
 
     def read(student: Student) -> Array:
         memory = student.memory(student.image_prefix(tokens), student.encode(source, mask), mask)
@@ -344,8 +341,7 @@ def image_embeddings(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_images(teacher: Clip, params: Params, pixels: Array) -> Array:
-    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
-    return sharding.constrain(teacher.apply({"params": params}, normalised, method="encode_images").embedding)
+    return sharding.constrain(encode_pixels(teacher, params, pixels).embedding)
 
 
 def embed_texts(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:
@@ -371,6 +367,24 @@ def _embed_texts(student: Student, params: Params, ids: Array, mask: Array) -> A
         return student.embed_sentence(student.encode(ids, mask), mask)
 
     return sharding.constrain(student.apply({"params": params}, method=read))
+
+
+def classify(model: VLKD, pairs: Iterable[tuple[str, str]], batch_size: int = BATCH_SIZE) -> Iterator[np.ndarray]:
+    """What a classifier gives for texts, or pairs of them (the second ""): float32 logits of the classes, or a score.
+
+    What is longer than the model has positions is cut, of a pair the longer text.
+    """
+    text, room = model.bart_text, model.bart.config.max_position_embeddings
+    for rows in _chunks(pairs, batch_size):
+        ids = [encode_pair(text, *pair, room) for pair in rows]
+        padded = pad(_fill(ids, batch_size), _width(ids, room), text.pad)
+        outputs = _on_mesh(model, _classify, (model.classifier, model.params), padded)
+        yield from np.asarray(outputs)[: len(rows)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _classify(classifier: Classifier, params: Params, ids: Array, mask: Array) -> Array:
+    return sharding.constrain(classifier.apply({"params": params}, ids, mask))
 
 
 def embed_texts_clip(model: VLKD, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> np.ndarray:

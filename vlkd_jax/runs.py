@@ -46,8 +46,9 @@ def load_run(
       UserError: no run there, no checkpoint yet, or the models it names have moved or changed.
     """
     config = run_config(directory)
-    for name, given in (("clip", clip), ("bart", bart)):
-        config[name] = str(given or kept_model(directory, name) or config[name])
+    given = {"clip": clip, "bart": bart}
+    for name in MODELS:
+        config[name] = str(given.get(name) or kept_model(directory, name) or config[name])
     check_inputs(directory, config, hash_inputs(config, MODELS), MODELS)
     task = make_task(config)
     params = sharding.laid_out(task.abstract()[0], one_device() if mesh is None else mesh)

@@ -40,7 +40,8 @@ RULES: tuple[tuple[str, P], ...] = (
     ),
     (
         r"(.*/)?((layernorm_embedding|pre_layrnorm|post_layernorm|final_layer_norm)/(scale|bias)"
-        r"|(bn\d|downsample_bn)/(scale|bias|mean|var)|vision_model/conv\d/kernel|attention_pool/attention/\w+_proj/bias)",
+        r"|(bn\d|downsample_bn)/(scale|bias|mean|var)|vision_model/conv\d/kernel|attention_pool/attention/\w+_proj/bias"
+        r"|classification_head/(dense|out_proj)/(kernel|bias))",
         P(),
     ),
     (r"(.*/)?(class_embedding|final_logits_bias|logit_scale|image_whitening/(mean|matrix))", P()),

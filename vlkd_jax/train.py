@@ -29,6 +29,7 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
 from vlkd_jax.console import say
+from vlkd_jax.data.few_shot import record_examples
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import cache_key, text_lengths, train_sources, train_stream
 from vlkd_jax.data.teacher_cache import CachedPairs
@@ -37,6 +38,7 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
 from vlkd_jax.identity import (
     KEEP,
+    MODELS,
     Hashes,
     check_inputs,
     hash_inputs,
@@ -59,13 +61,14 @@ MAY_CHANGE = (
     *(f"prompts.{name}" for name in PROMPT_FIELDS),
     *("data.threads", "data.workers", "data.max_unusable", "plan.clip", "plan.bart"),
     # their places: what lies there is compared by its hashes
-    *("clip", "bart", "data.captions", "data.images", "data.directory", "data.teacher_cache"),
+    *MODELS,
+    *(f"data.{name}" for name in ("captions", "images", "directory", "teacher_cache", "questions", "annotations")),
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
 BOUNDS = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
     **dict.fromkeys(("seed", "watchdog_seconds", "data.threads", "data.workers"), "[0, inf)"),
-    **dict.fromkeys(("data.context_length", "eval.every", "eval.questions"), "[0, inf)"),
+    **dict.fromkeys(("data.context_length", "data.examples", "eval.every", "eval.questions"), "[0, inf)"),
     **{
         "data.twins": "[1, inf)",
         "eval.batches": "[1, inf)",
@@ -127,6 +130,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             keep_models(directory, config, anew=checkpoints.latest() is None)
             if checkpoints.latest() is None:
                 record_inputs(directory, inputs)
+                record_examples(directory, sources[0])
                 params = task.load_params(sharding.shardings(task.abstract()[0], mesh))
                 state, meta = start_state(whitened(config, task, params, frozen, mesh), optimizer, mesh), {}
             else:

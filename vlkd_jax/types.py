@@ -84,6 +84,7 @@ class Batch:
       text_ids, text_mask: int32 and bool [B, L], the clean text in BART's tokens, `<s>` to `</s>`; also the target.
       target_mask: bool [B, L], which of text_ids the losses count: all but padding and a given prompt.
       source_ids, source_mask: int32 and bool [B, S], the corrupted text that the student's encoder reads.
+      labels: int32 [B], the class of each text, or float32 [B], its score.
       context_ids, context_mask: int32 and bool [B, C], a text the decoder may read beside it (text-only records).
       teacher: `TeacherOutputs` of a cache, in place of pixels, clip_ids and clip_mask.
       replay: a text-only batch mixed in to keep the student's text abilities.
@@ -98,6 +99,7 @@ class Batch:
     target_mask: Any = None
     source_ids: Any = None
     source_mask: Any = None
+    labels: Any = None
     context_ids: Any = None
     context_mask: Any = None
     teacher: Any = None

@@ -24,8 +24,9 @@ from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding, DecodingOptions
 from vlkd_jax.errors import UserError
+from vlkd_jax.hf.load import CLIP_TOKENIZER
 from vlkd_jax.hf.names import parameter_shapes
-from vlkd_jax.hf.student import CLIP_TOKENIZER, is_student, load_student, read_prompts, read_student_config
+from vlkd_jax.hf.student import is_student, load_student, read_prompts, read_student_config
 from vlkd_jax.identity import (
     MODELS,
     hash_directory,
@@ -35,6 +36,7 @@ from vlkd_jax.identity import (
 )
 from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.classifier import Classifier, ClassifierConfig
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
@@ -73,6 +75,8 @@ class VLKD:
       configs: "bart" and "clip", as their directories have them.
       mesh: the devices that hold the parameters; batches are spread over them.
       config: what an export says of the student; None where there is only a BART.
+      classifier: BART and the head of a classifier of texts, whose parameters are `params`, and classifier_config: what
+        its export says of it; None where there is none.
       prompts: of questions and captions, `config.prompts` of the training run; others by `dataclasses.replace`.
       identity: where it comes from: {"directory", "step", "sha256" of the checkpoint, "inputs": sha256 of the files it
         began with, "preprocessing_sha256" of how pictures become pixels}.
@@ -89,6 +93,8 @@ class VLKD:
     clip_params: Params | None = None
     clip_text: ClipText | None = None
     config: StudentConfig | None = None
+    classifier: Classifier | None = None
+    classifier_config: ClassifierConfig | None = None
     prompts: dict[str, str] = dataclasses.field(default_factory=lambda: dict(PROMPTS))
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -102,16 +108,19 @@ class VLKD:
         identity: dict[str, Any] | None = None,
         prompts: Mapping[str, str] = PROMPTS,
     ) -> VLKD:
-        """What a task trains, with these parameters on `mesh`: a student, or the BART of a text-only task.
+        """What a task trains, with these parameters on `mesh`: a student, the BART of a text-only task, a classifier.
 
         Raises:
-          UserError: the task trains neither.
+          UserError: the task trains none of them.
         """
         if "bart" not in task.configs:
-            raise UserError("this run trains a CLIP; only a run of objective vlkd or bart_denoise can be used here")
+            raise UserError("this run trains a CLIP, which can neither be asked nor exported here")
         bart = Bart(task.configs["bart"], dtype=task.module.dtype)
         common = {"bart": bart, "bart_text": task.encoder.bart_text, "configs": task.configs, "mesh": mesh}
         common["identity"] = dict(identity or {})
+        if task.classifier is not None:
+            of_head = {"classifier": task.module, "classifier_config": task.classifier}
+            return cls(bart_params=params["bart"], params=params, **of_head, **common)
         if task.teacher is None:
             return cls(bart_params=params, **common)
         common["identity"]["preprocessing_sha256"] = _sha256_of(task.teacher.config.preprocessing)
@@ -163,23 +172,20 @@ class VLKD:
         bart: str | Path | None = None,
         mesh: Mesh | None = None,
     ) -> VLKD:
-        """The student of a training run's newest checkpoint; with `at_start` as it was before the first step.
+        """What a training run's newest checkpoint holds, or with `at_start` what its first step began with.
 
         Args:
           clip, bart: where the models of the run's start lie now, if not where it found them.
           mesh: the devices to use, as `sharding.make_mesh` gives them, whatever the run was trained on; default: one.
 
         Raises:
-          UserError: no run there, no checkpoint yet, the models have moved or changed, or the run is not of objective
-            vlkd.
+          UserError: no run there, no checkpoint yet, the models have moved or changed, or the run trains a CLIP.
         """
         from vlkd_jax.checkpoint import Checkpoints  # Orbax takes a second, and an export needs none of it
         from vlkd_jax.runs import load_run, run_config
 
         mesh = one_device() if mesh is None else mesh
         task, params, step = load_run(directory, clip, bart, mesh)
-        if task.teacher is None:
-            raise UserError(f"{directory}: that run trains no student; give a run of objective vlkd")
         layout, frozen_layout = (sharding.shardings(part, mesh) for part in task.abstract())
         if at_start:
             set_at_start = {name: value for name, value in params.items() if name in task.fixed}
@@ -209,6 +215,17 @@ class VLKD:
         layout, frozen_layout = (sharding.shardings(part, mesh) for part in task.abstract())
         identity = {"clip": config.clip, "bart": config.bart, "seed": seed, "inputs": hash_inputs(config, MODELS)}
         return cls.of(task, task.load_params(layout), task.load_frozen(frozen_layout), mesh, identity)
+
+    @classmethod
+    def from_bart(cls, directory: str | Path, mesh: Mesh | None = None) -> VLKD:
+        """A BART alone, of a Hugging Face directory: it reads no pictures. Raises UserError when it cannot be read."""
+        mesh = one_device() if mesh is None else mesh
+        config = with_absolute_paths(
+            ConfigDict(with_defaults({"objective": "bart_denoise", "bart": os.fspath(directory)}))
+        )
+        task = make_task(config)
+        identity = {"bart": config.bart, "inputs": hash_inputs(config, MODELS)}
+        return cls.of(task, task.load_params(sharding.shardings(task.abstract()[0], mesh)), {}, mesh, identity)
 
     @classmethod
     def from_export(cls, directory: str | Path, mesh: Mesh | None = None) -> VLKD:
@@ -358,6 +375,7 @@ class VLKD:
         else:
             one = is_picture(images) and isinstance(questions, str)
             pictures, asked = paired(pictures, [questions] if isinstance(questions, str) else list(questions))
+            self.needs_pictures()
             fields = [{"question": question} for question in asked]
             requests = prompts(self.bart_text, self.prompts, pictures, fields, "question")
             scores = predict.candidate_scores(self, requests, texts, _bucket(len(pictures)))
@@ -378,6 +396,7 @@ class VLKD:
           UserError: a model whose image is one token, a text that is too long.
           RecordError: a picture that cannot be read.
         """
+        self.needs_pictures()
         (request,) = prompts(self.bart_text, self.prompts, [image], [{"question": question}], "question")
         ids = self.bart_text.encode(f" {answer.strip()}") if answer.strip() else []
         tokens = [*(self.bart_text.decode([token]) for token in ids), "</s>"]
@@ -390,6 +409,7 @@ class VLKD:
         Raises:
           RecordError: a picture that cannot be read.
         """
+        self.needs_pictures()
         pictures = picture_list(images)
         if not pictures:
             return np.zeros((0, self.teacher.config.projection_dim), np.float32)
@@ -401,10 +421,18 @@ class VLKD:
         Raises:
           UserError: a text that is too long.
         """
+        self.needs_pictures()
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             return np.zeros((0, self.teacher.config.projection_dim), np.float32)
         return predict.embed_texts(self, listed, _bucket(len(listed)))
+
+    def needs_pictures(self) -> None:
+        """Raises UserError where there is no student, which alone reads pictures."""
+        if self.student is None:
+            raise UserError(
+                f"{self.identity.get('directory', 'this model')}: a text model, which reads no pictures; give a student"
+            )
 
     def save_pretrained(self, directory: str | Path, dtype: str = "float32") -> None:
         """Writes the student as Hugging Face directories, as `vlkd export` does; `from_pretrained` reads them.
@@ -437,6 +465,7 @@ class VLKD:
     def _say(
         self, pictures: list[Picture], fields: list[dict[str, str]], name: str, scores: bool, options: DecodingOptions
     ) -> list[Said]:
+        self.needs_pictures()
         requests = prompts(self.bart_text, self.prompts, pictures, fields, name)
         return self._texts(requests, decoding_of(options), scores, len(pictures))
 

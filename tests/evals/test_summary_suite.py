@@ -12,7 +12,7 @@ from vlkd_jax.configs import suites
 from vlkd_jax.data.text import BartText
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals import statistics, summary_suite
-from vlkd_jax.evals.suite import check_prompts, predict_rows
+from vlkd_jax.evals.suite import check_item, predict_rows
 
 
 def suite_of(folder, documents, summaries):
@@ -57,7 +57,8 @@ def test_documents_are_cut_at_their_end(assets, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict, "generate", generate)
     items = list(summary_suite.summary_items(suite))
-    check_prompts("xsum", model, items)
+    for item in items:
+        check_item("xsum", model, item)
     assert items[0].decoding.method == "beam" and items[0].decoding.beams == 6
     rows = list(predict_rows(summary_suite.SUITE, items, model, 2))
     whole = [text.encode_template(suite.summary_encoder, document=document.strip()) for document in documents]

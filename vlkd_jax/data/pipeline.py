@@ -7,10 +7,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from vlkd_jax.console import say
 from vlkd_jax.data.images import open_image, random_resized_crop, resize_and_crop
@@ -31,6 +32,26 @@ class Corruption:
     ratio: float = 0.3
     poisson: float = 3.0
     mask_all: float = 0.15
+
+
+@runtime_checkable
+class Encode(Protocol):
+    """Turns a record into one row of a `Batch`: `Encoder`, or that of a task of its own.
+
+    Attributes:
+      preprocessing: how pictures become pixels; None: there are none. With them there are `smallest_crop` and `flip`.
+    """
+
+    preprocessing: Preprocessing | None
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+        """The fields of the row. Raises RecordError, which names the record, for one that cannot be used."""
+
+    def limits(self) -> dict[str, int]:
+        """Room for texts in tokens, by the name of what is counted."""
+
+    def lengths(self, record: Record) -> dict[str, int]:
+        """Tokens of the texts before any cut, by the same names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +88,13 @@ class Encoder:
         if record.teacher is not None:
             row["teacher"] = record.teacher
         elif self.preprocessing:
-            row["pixels"] = self._pixels(record, rng)
+            row["pixels"] = pixels_of(record, rng, self.preprocessing, self.smallest_crop, self.flip)
         if self.clip_text and record.teacher is None:
             ids = self._fit(self.clip_text.encode(record.text), self.clip_length, record, "CLIP's")
             self._put(row, "clip", ids, self.clip_length, self.clip_text.pad)
         if self.bart_text:
             self._put_texts(row, record, rng)
         return row
-
-    def _pixels(self, record: Record, rng: np.random.Generator) -> np.ndarray:
-        image = self._open(record)
-        if self.smallest_crop < 1:
-            pixels = random_resized_crop(image, self.preprocessing, rng, self.smallest_crop)
-        else:
-            pixels = resize_and_crop(image, self.preprocessing)
-        mirrored = self.flip and rng.random() < 0.5
-        return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
 
     def limits(self) -> dict[str, int]:
         """Room for a caption in each vocabulary, in tokens, the two ends included."""
@@ -93,14 +105,6 @@ class Encoder:
         """Tokens of the whole caption in each vocabulary, before any cut."""
         lengths = {"BART": 2 + len(self.bart_text.encode(record.text))} if self.bart_text else {}
         return lengths | ({"CLIP": len(self.clip_text.encode(record.text))} if self.clip_text else {})
-
-    def _open(self, record: Record):
-        if isinstance(record.image, np.ndarray):
-            return record.image
-        try:
-            return open_image(record.image)
-        except RecordError as e:
-            raise RecordError(e.reason, f"{record.name}: field image: {e}") from e
 
     def _put_texts(self, row: dict[str, Any], record: Record, rng: np.random.Generator) -> None:
         bart = self.bart_text
@@ -130,16 +134,44 @@ class Encoder:
             return ids
         if self.truncate:
             return [*ids[: length - 1], ids[-1]]
-        more = f"raise {field} if the model has the positions, " if field else ""
-        raise RecordError(
-            "caption too long",
-            f"{record.name}: field caption has {len(ids)} of {whose} tokens, the limit is {length}; "
-            f"shorten it, {more}or set data.truncate=True",
-        )
+        raise too_long(record, "caption", len(ids), whose, length, field)
 
     def _put(self, row: dict[str, Any], name: str, ids: list[int], length: int, pad_id: int) -> None:
         padded, mask = pad([ids], length, pad_id)
         row[f"{name}_ids"], row[f"{name}_mask"] = padded[0], mask[0]
+
+
+def pixels_of(
+    record: Record, rng: np.random.Generator, preprocessing: Preprocessing, smallest_crop: float, flip: bool
+) -> np.ndarray:
+    """A record's picture as uint8 [height, width, 3]; `smallest_crop`, `flip`: see `Encoder`.
+
+    Raises:
+      RecordError: it does not decode.
+    """
+    image = record.image if isinstance(record.image, np.ndarray) else _opened(record)
+    if smallest_crop < 1:
+        pixels = random_resized_crop(image, preprocessing, rng, smallest_crop)
+    else:
+        pixels = resize_and_crop(image, preprocessing)
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip and rng.random() < 0.5 else pixels
+
+
+def _opened(record: Record) -> Image.Image:
+    try:
+        return open_image(record.image)
+    except RecordError as e:
+        raise RecordError(e.reason, f"{record.name}: field image: {e}") from e
+
+
+def too_long(record: Record, what: str, tokens: int, whose: str, limit: int, field: str) -> RecordError:
+    """The error for a text without room; `field`: the config field that sets the limit, where one does."""
+    more = f"raise {field} if the model has the positions, " if field else ""
+    return RecordError(
+        f"{what} too long",
+        f"{record.name}: field {what} has {tokens} of {whose} tokens, the limit is {limit}; "
+        f"shorten it, {more}or set data.truncate=True",
+    )
 
 
 class UnusableRecords:

@@ -43,6 +43,9 @@ class Record:
       image: uint8 [height, width, 3], a picture's file or its bytes, or None for a text alone.
       context: a text that the decoder reads beside the corrupted one, where an image would stand (text-only records).
       prompt: a start of `text` that is given: the corrupted text is it and one `<mask>`, and it carries no loss.
+      fields: what is filled into the prompts by which `text` is asked for, such as a question or a document.
+      second: of a pair of texts to classify the other one.
+      label: what a text is classified as, the number of a class, or a score; None: unknown.
       name: what an error message calls this record.
       teacher: `TeacherOutputs` of a cache, which stand in for the picture and for CLIP's tokens.
     """
@@ -51,6 +54,9 @@ class Record:
     image: np.ndarray | Path | bytes | None = None
     context: str = ""
     prompt: str | None = None
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    second: str = ""
+    label: float | None = None
     name: str = ""
     teacher: Any = None
 
@@ -439,3 +445,17 @@ class CaptionTexts:
 
     def __getitem__(self, index: int) -> Record:
         return dataclasses.replace(self.pairs[index], image=None)
+
+
+class QuestionTexts:
+    """The questions that are asked about pictures, as texts without them."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.asked[index]
+        return Record(record.fields["question"], name=record.name)

@@ -7,18 +7,24 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax.config import record_directories
-from vlkd_jax.data.pipeline import Encoder, UnusableRecords, batches
+from vlkd_jax.data.asked import Questions
+from vlkd_jax.data.documents import Documents, document_files
+from vlkd_jax.data.few_shot import FewShot
+from vlkd_jax.data.glue import GLUE, TRAIN, GlueRows, glue_file
+from vlkd_jax.data.pipeline import Encode, UnusableRecords, batches
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.sources import (
     CaptionTexts,
     FolderPairs,
     Mixture,
+    QuestionTexts,
     Subset,
     TextLines,
     TextQuestion,
@@ -28,6 +34,7 @@ from vlkd_jax.data.sources import (
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.identity import Hashes
 from vlkd_jax.shapes import sources as shapes
+from vlkd_jax.tasks.parents import choose
 from vlkd_jax.tasks.task import Task
 from vlkd_jax.types import Batch
 
@@ -83,6 +90,39 @@ def _records(config: ConfigDict, split: str) -> RecordPairs | Mixture:
     return Mixture(parts, data.weights)
 
 
+def _glue(config: ConfigDict, split: str) -> GlueRows:
+    task = choose(config, "data.task", {name: name for name in GLUE})
+    name = TRAIN if split == "train" else GLUE[task].validation[0]
+    return GlueRows(glue_file(_directory(config, "the folder of one of GLUE's tasks"), name), task)
+
+
+def _documents(config: ConfigDict, split: str) -> Documents | Subset:
+    """Of a folder without files of validation one document in so many is held out."""
+    folder = _directory(config, "the folder of train.jsonl or train.parquet (document, summary)")
+    files = {name: document_files(folder, name) for name in ("train", "validation")}
+    if not files["train"]:
+        raise UserError(f"{folder} (config.data.directory): no train.jsonl, train.parquet or train.source there")
+    if files["validation"]:
+        return Documents(files[split])
+    return Subset(Documents(files["train"]), split == "validation", config.data.validation_every)
+
+
+def _questions(config: ConfigDict, split: str) -> Subset:
+    data = config.data
+    for field in ("questions", "annotations", "images"):
+        if not data[field]:
+            raise UserError(f"config.data.{field} is empty; set it for the files that VQA v2 has")
+    files = (Path(data[field]) for field in ("questions", "annotations", "images"))
+    questions = Questions(*files, data.image_name, data.max_unusable)
+    return Subset(questions, split == "validation", data.validation_every)
+
+
+def _directory(config: ConfigDict, what: str) -> str:
+    if not config.data.directory:
+        raise UserError(f"config.data.directory is empty; set it to {what}")
+    return config.data.directory
+
+
 def _folder_cache_key(config: ConfigDict, source: Subset) -> dict[str, Any]:
     return {"validation_every": config.data.validation_every, "pictures": source.source.fingerprint()}
 
@@ -102,6 +142,9 @@ SOURCES = {
     "tfds": SourceKind(
         _records, lambda config, split: CaptionTexts(_records(config, split)), cache_key=_records_cache_key
     ),
+    "glue": SourceKind(_glue, _glue, has_images=False),
+    "documents": SourceKind(_documents, _documents, has_images=False),
+    "questions": SourceKind(_questions, lambda config, split: QuestionTexts(_questions(config, split))),
 }
 """What `config.data.source` can be; also what `config.data.replay` can be beside a file."""
 
@@ -116,10 +159,13 @@ def source_kind(config: ConfigDict) -> SourceKind:
 def make_source(config: ConfigDict, split: str) -> Any:
     """The records of `config.data` for "train" or "validation".
 
+    For "train" so many of them as `config.data.examples` says.
+
     Raises:
-      UserError: an unknown source, or a folder that cannot be used.
+      UserError: an unknown source, or a folder that cannot be used; fewer records than that.
     """
-    return source_kind(config).make(config, split)
+    source, few = source_kind(config).make(config, split), config.data.examples
+    return FewShot(source, few, config.seed) if few and split == "train" else source
 
 
 def make_text_source(config: ConfigDict, split: str) -> Any:
@@ -231,7 +277,7 @@ def text_lengths(config: ConfigDict, task: Task, sources: tuple[Any, Any]) -> li
     ]
 
 
-def _told_lengths(config: ConfigDict, name: str, source, encode: Encoder) -> str:
+def _told_lengths(config: ConfigDict, name: str, source, encode: Encode) -> str:
     faults, lengths, rng = [], [], np.random.default_rng(0)
     encode = dataclasses.replace(encode, preprocessing=None)  # pictures are not decoded for this
     chosen = range(0, len(source), -(-len(source) // LENGTHS_OF))

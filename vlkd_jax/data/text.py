@@ -88,6 +88,17 @@ class BartText:
             ids += self.encode(filled) if filled else []
         return ids
 
+    def encode_prompt(self, template: str, fields: dict[str, str], cut: str, room: int) -> tuple[list[int], bool]:
+        """`encode_template` with the text of the field `cut` cut at its end where more than `room` ids would come of
+        it, and whether that was so; "": nothing is cut, as what else is too long."""
+        ids = self.encode_template(template, **fields)
+        if not cut or len(ids) <= room:
+            return ids, False
+        head, _, tail = template.partition(f"{{{cut}}}")
+        whole = head[len(head.rstrip(" ")) :] + fields[cut]  # a space belongs to the word behind it
+        before, after = (self.encode_template(part, **fields) for part in (head.rstrip(" "), tail))
+        return before + self.encode(whole)[: max(room - len(before) - len(after), 0)] + after, True
+
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are dropped."""
         # cleaning up is a directory's choice otherwise, and takes spaces out of the text ("ok ?" would become "ok?")

@@ -67,6 +67,18 @@ Item = Any
 """A `Prompt`, a `Match`, or what a suite's own `predict` takes: each has a `row`."""
 
 
+def check_item(name: str, model: VLKD, item: Item) -> None:
+    """Raises UserError for a picture that the model does not read, and a prompt that is longer than it has room for."""
+    try:
+        if item.open_image is not None:
+            model.needs_pictures()
+        if isinstance(item, Prompt):
+            new_tokens = 0 if item.candidates else item.decoding.max_new_tokens
+            predict.check_request(model, _request(model, item)[0], new_tokens)
+    except UserError as e:
+        raise UserError(f"{name}: {item.row['task']} {item.row['id']}: {e}") from e
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """A kind of suite.
@@ -77,6 +89,7 @@ class Suite:
         last ones; None: `Prompt`s are answered.
       judge: a row with `raw` -> what is added to it: `normalised`, `score`, ...
       score: judged rows that have a `score`, one at least, nothing else -> metrics.
+      check: (name of the suite, model, item) raises UserError where the model cannot take the item.
       results: all rows -> what the benchmark's server takes; None: it has none.
       picture: (its config, a row) -> the row's picture, for a page; None: that of the name `row["image"]` in the folder
         `images`.
@@ -85,6 +98,7 @@ class Suite:
     items: Callable[[ConfigDict], Iterable[Item]]
     judge: Callable[[Row], Row]
     score: Callable[[list[Row]], dict[str, Any]]
+    check: Callable[[str, VLKD, Item], None] = check_item
     results: Callable[[list[Row]], list[dict[str, Any]]] | None = None
     predict: Callable[[VLKD, list[Item], int, str], Iterator[Row]] | None = None
     picture: Callable[[ConfigDict, Row], Picture] | None = None
@@ -133,17 +147,6 @@ def with_pictures(items: Iterable[Item], faulty: list[Row]) -> Iterator[tuple[It
             yield item, picture
 
 
-def check_prompts(name: str, model: VLKD, items: Iterable[Item]) -> None:
-    """Raises UserError naming the suite's first prompt that is longer than the model has room for."""
-    for item in items:
-        if isinstance(item, Prompt):
-            new_tokens = 0 if item.candidates else item.decoding.max_new_tokens
-            try:
-                predict.check_request(model, _request(model, item)[0], new_tokens)
-            except UserError as e:
-                raise UserError(f"{name}: {item.row['task']} {item.row['id']}: {e}") from e
-
-
 def _answered(model: VLKD, prompts: list[Prompt], batch_size: int, _: str) -> Iterator[Row]:
     asked, faulty = deque(), []
     requests = _requests(model, prompts, asked, faulty)
@@ -168,13 +171,8 @@ def _requests(model: VLKD, prompts: list[Prompt], asked: deque[Row], faulty: lis
 def _request(model: VLKD, prompt: Prompt) -> tuple[predict.Request, bool]:
     """A prompt without its picture, and whether it had to be cut."""
     text, fields = model.bart_text, prompt.fields
-    source = text.encode_template(prompt.source, **fields)
-    is_cut = bool(prompt.cut) and len(source) > (room := model.bart.config.max_position_embeddings - 2)
-    if is_cut:
-        head, _, tail = prompt.source.partition(f"{{{prompt.cut}}}")
-        whole = head[len(head.rstrip(" ")) :] + fields[prompt.cut]  # a space belongs to the word behind it
-        head, tail = (text.encode_template(part, **fields) for part in (head.rstrip(" "), tail))
-        source = head + text.encode(whole)[: max(room - len(head) - len(tail), 0)] + tail
+    room = model.bart.config.max_position_embeddings - 2
+    source, is_cut = text.encode_prompt(prompt.source, fields, prompt.cut, room)
     prefix = text.encode_template(prompt.prefix, **fields)
     context = text.encode(prompt.context) if prompt.context else []
     draw = zlib.crc32(f"{prompt.row['task']} {prompt.row['id']}".encode()) >> 1  # drawn texts depend on their item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlkd_jax.evals import caption_suite, classification_suite, retrieval_suite, summary_suite, vqa_suite
+from vlkd_jax.evals import caption_suite, classification_suite, glue_suite, retrieval_suite, summary_suite, vqa_suite
 from vlkd_jax.shapes import suite as shapes
 
 SUITES = {
@@ -12,4 +12,5 @@ SUITES = {
     "retrieval": retrieval_suite.SUITE,
     "classification": classification_suite.SUITE,
     "summary": summary_suite.SUITE,
+    "glue": glue_suite.SUITE,
 }

@@ -1,4 +1,4 @@
-"""The suite of summaries: XSum, or a user's own documents, one a line. No picture: text abilities that have to stay."""
+"""The suite of summaries: XSum, or a user's own documents. No picture: text abilities that have to stay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.sources import read_text
+from vlkd_jax.data.documents import read_column
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_choice, check_places, place
 from vlkd_jax.evals.statistics import interval
@@ -21,15 +21,16 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def summary_items(suite: ConfigDict) -> Iterator[Prompt]:
-    """The documents of a file, one a line, with the line of the same number in the file of summaries.
+    """The documents of a file with the summaries of the same numbers: a text a line, or JSONL or Parquet.
 
     Raises:
       UserError: files that are not there, are empty or differ in length; an empty line.
     """
     check_choice(suite, "metric", METRICS)
     check_places(suite, "documents", "summaries")
-    decoding, documents = decoding_of(suite, suite.summary_tokens), _lines(suite, "documents")
-    summaries = None if suite.summaries == NONE else _lines(suite, "summaries")
+    decoding = decoding_of(suite, suite.summary_tokens)
+    documents = read_column(place(suite, "documents"), "document")
+    summaries = None if suite.summaries == NONE else read_column(place(suite, "summaries"), "summary")
     if summaries is not None and len(summaries) != len(documents):
         raise UserError(
             f"{place(suite, 'summaries')}: {len(summaries)} lines, and {len(documents)} in "
@@ -40,14 +41,6 @@ def summary_items(suite: ConfigDict) -> Iterator[Prompt]:
         row["answers"] = [] if summaries is None else [summaries[number]]
         fields = {"document": document}
         yield Prompt(row, suite.summary_encoder, suite.summary_decoder, decoding, fields=fields, cut="document")
-
-
-def _lines(suite: ConfigDict, field: str) -> list[str]:
-    path = place(suite, field)
-    lines = [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
-    if "" in lines:
-        raise UserError(f"{path} line {lines.index('') + 1}: empty; a line holds one text")
-    return lines
 
 
 def rouge(summary: str, reference: str) -> dict[str, float]:

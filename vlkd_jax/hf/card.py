@@ -11,9 +11,15 @@ from vlkd_jax.config import BUILTIN
 from vlkd_jax.models.vlkd import StudentConfig
 
 INTENDED = (
-    "Answers to questions about pictures, captions and retrieval, zero-shot, and research on what distillation keeps "
-    "of a language model. It was not trained on questions about pictures."
+    "Answers to questions about pictures, captions and retrieval, and research on what distillation keeps of a "
+    "language model."
 )
+TRAINED = {
+    "answer": "It was fine-tuned on questions about pictures: its answers are not zero-shot.",
+    "caption": "It was fine-tuned on captions: those that it gives are not zero-shot.",
+}
+"""What is said of a fine-tuned student, by its run's objective."""
+ZERO_SHOT = "It was not trained on questions about pictures: its answers are zero-shot."
 LIMITS = (
     "It inherits the mistakes and the biases of both parents and of the captions it was trained on. It says something "
     "about every picture, also where it cannot tell, and was not checked for any use in which a wrong answer does harm."
@@ -42,13 +48,9 @@ def model_card(
         "Vision-language knowledge distillation (Dai et al. 2022, arXiv 2203.06386): BART reads the image tokens of a "
         "frozen CLIP. Written by vlkd_jax.",
         "## Use\n\n" + _usage(),
-        f"## Intended use\n\n{INTENDED}",
+        f"## Intended use\n\n{INTENDED} {TRAINED.get(run.get('objective', ''), ZERO_SHOT)}",
         f"## Limits\n\n{LIMITS}",
-        "## Parents and their licences\n\n"
-        + _table(
-            ("parent", "name", "licence"),
-            ((kind, *_parent(run.get(kind) or str(path), path)) for kind, path in parents.items()),
-        ),
+        "## Parents and their licences\n\n" + _parents(run, parents),
         "## Data\n\n" + _data(run),
         "## Figures\n\n" + _figures(evaluation),
         "## What travels\n\n"
@@ -87,6 +89,35 @@ def _usage() -> str:
     )
 
 
+def text_card(
+    what: str, model_class: str, run: dict[str, Any], bart: Path, command: str, evaluation: dict[str, Any] | None
+) -> str:
+    """The text of README.md of a text model, in the form of `model_card`.
+
+    Args:
+      what: a title; model_class: of transformers, which reads it.
+      bart: the directory that is read for its licence.
+    """
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [vlkd, bart]\n---",
+        f"# {what}",
+        f"A stock BART, fine-tuned by vlkd_jax: `transformers.{model_class}.from_pretrained(DIR)`.",
+        "## Parent and its licence\n\n" + _parents(run, {"bart": bart}),
+        "## Data\n\n" + _data(run),
+        "## Figures\n\n" + _figures(evaluation),
+        f"## Made by\n\n    {command}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parents(run: dict[str, Any], parents: dict[str, Path]) -> str:
+    """A row for each model that a run began with: of one that fine-tunes a student that one alone."""
+    if start := run.get("start"):
+        parents, run = {"student": Path(start)}, {"student": start}
+    rows = ((kind, *_parent(run.get(kind) or str(path), path)) for kind, path in parents.items())
+    return _table(("parent", "name", "licence"), rows)
+
+
 def _parent(name: str, directory: Path) -> tuple[str, str]:
     """A parent's name, without the place on somebody's disk, and its licence."""
     if name.startswith(BUILTIN):
@@ -106,10 +137,16 @@ def _data(run: dict[str, Any]) -> str:
     data = run.get("data", {})
     if not data:
         return "Not known."
-    source = {"folder": f"captions `{Path(data.get('captions', '')).name}`", "shapes": "the built-in world of shapes"}
+    source = {
+        "folder": f"captions `{Path(data.get('captions', '')).name}`",
+        "questions": f"questions `{Path(data.get('questions', '')).name}`",
+        "glue": f"GLUE's task {data.get('task')}",
+        "shapes": "the built-in world of shapes",
+    }
+    few = f" ({data['examples']} examples, of classes so many of each)" if data.get("examples") else ""
     return (
-        f"Trained on {source.get(data.get('source'), data.get('source'))}, {run.get('steps'):,} steps of "
-        f"{run.get('batch_size')} pairs, seed {run.get('seed')}."
+        f"Trained on {source.get(data.get('source'), data.get('source'))}{few}, {run.get('steps'):,} steps of "
+        f"{run.get('batch_size')} records, seed {run.get('seed')}."
     )
 
 

@@ -20,10 +20,10 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import say
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.text import BartText, ClipText
-from vlkd_jax.hf.card import model_card
-from vlkd_jax.hf.load import PROCESSOR
-from vlkd_jax.hf.save import copy_tokenizer, save_bart, write_json
-from vlkd_jax.hf.student import CLIP_TOKENIZER, MODELING, processor_values, save_student
+from vlkd_jax.hf.card import model_card, text_card
+from vlkd_jax.hf.load import CLIP_TOKENIZER, PROCESSOR
+from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_classifier, write_json
+from vlkd_jax.hf.student import MODELING, processor_values, save_student
 from vlkd_jax.runs import run_config
 from vlkd_jax.storage import write_atomic
 from vlkd_jax.vlkd import VLKD
@@ -43,6 +43,8 @@ def export(
 ) -> None:
     """Writes `output`; config.json comes last, so that a directory that has one is whole.
 
+    A text model becomes what Hugging Face has for it: a stock BART, or one for sequence classification.
+
     Args:
       dtype: of the weights: float32, bfloat16 or float16.
       run: the training run's configuration, for the card and for `vlkd import`.
@@ -52,6 +54,9 @@ def export(
       UserError: something lies there already.
     """
     new_directory(output)
+    if model.student is None:
+        _export_text_model(model, output, dtype, run or {}, command, evaluation)
+        return
     parents = {"clip": model.clip_text.directory, "bart": model.bart_text.directory}
     _write_tokenizer(model.bart_text, output)
     _write_tokenizer(model.clip_text, output / CLIP_TOKENIZER)
@@ -64,6 +69,23 @@ def export(
     card = model_card(model.config, run or {}, parents, command, evaluation)
     write_atomic(output / "README.md", card.encode())
     save_student(output, model.config, params, model.bart_text.vocab_size, dtype)
+
+
+def _export_text_model(
+    model: VLKD, output: Path, dtype: str, run: dict[str, Any], command: str, evaluation: dict[str, Any] | None
+) -> None:
+    classes = model.classifier_config
+    what, model_class = ("A BART", "BartForConditionalGeneration")
+    if classes is not None:
+        what, model_class = "A BART that classifies texts", "BartForSequenceClassification"
+    _write_tokenizer(model.bart_text, output)
+    write_json(output / RUN, {"config": run, "identity": model.identity, "command": command})
+    card = text_card(what, model_class, run, model.bart_text.directory, command, evaluation)
+    write_atomic(output / "README.md", card.encode())
+    if classes is None:
+        save_bart(output, model.configs["bart"], jax.device_get(model.bart_params), dtype)
+    else:
+        save_classifier(output, classes, jax.device_get(model.params), dtype)
 
 
 def _write_tokenizer(text: BartText | ClipText, directory: Path) -> None:
@@ -81,6 +103,9 @@ def main(values: SimpleNamespace) -> None:
     options = [f"--{name}={value}" for name, value in vars(values).items() if value is not None]
     command = shlex.join(["vlkd", "export", *options])
     export(model, Path(values.output), values.dtype, run, command, evaluation)
+    if model.student is None:
+        say(f"wrote {values.output}, which transformers reads")
+        return
     stock = Path(values.output) / "bart"
     say(f"wrote {values.output}, and {stock}, a stock BART; vlkd parity {values.output} compares it with this model")
 

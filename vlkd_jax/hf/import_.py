@@ -23,8 +23,9 @@ from vlkd_jax.console import say
 from vlkd_jax.data.sources import read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.export import RUN
+from vlkd_jax.hf.load import CLIP_TOKENIZER
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
-from vlkd_jax.hf.student import CLIP_TOKENIZER, load_student, read_student_config
+from vlkd_jax.hf.student import load_student, read_student_config
 from vlkd_jax.identity import MODELS, PARENTS, hash_inputs, record_inputs
 from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.models.vlkd import StudentConfig
@@ -44,7 +45,7 @@ def import_export(directory: Path, output: Path) -> None:
     mesh = sharding.one_device()
     layout = sharding.replicated(mesh)
     params = load_student(directory, layout)[1]
-    whole, places = jax.device_get(params), {name: output / PARENTS / name for name in MODELS}
+    whole, places = jax.device_get(params), {name: output / PARENTS / name for name in ("clip", "bart")}
     save_clip(places["clip"], config.clip, whole["clip"])
     save_bart(places["bart"], config.bart, whole["student"]["bart"])
     copy_tokenizer(directory / CLIP_TOKENIZER, places["clip"])
@@ -71,7 +72,7 @@ def _record(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _run_config(given: dict[str, Any], config: StudentConfig, places: dict[str, Path]) -> ConfigDict:
     """The run's configuration with the models' new places, as far as the export tells."""
-    run = ConfigDict(with_defaults(given))
+    run = ConfigDict(with_defaults(given) | {"objective": "vlkd", "start": ""})
     for name, place in places.items():
         run[name] = os.fspath(place.absolute())
     run.student.image_tokens, run.student.sentence_position = config.image_tokens, config.sentence_position

@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+CLIP_TOKENIZER = "clip_tokenizer"
+"""In an exported student the folder of the teacher's tokenizer; the student's own lies beside the weights."""
 OPEN_CLIP = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 ADAPTER = "adapter_config.json"
@@ -160,6 +162,7 @@ def files_read(directory: pathlib.Path) -> list[str]:
     names_read = (CONFIG, GENERATION, *_weight_files(directory), *TOKENIZER_FILES, PREPROCESSOR, PROCESSOR)
     names_read += () if (directory / WEIGHTS).is_file() else (INDEX,)
     names_read += (OPEN_CLIP,) if is_open_clip(directory) else ()
+    names_read += tuple(f"{CLIP_TOKENIZER}/{name}" for name in TOKENIZER_FILES)
     return [name for name in names_read if (directory / name).is_file()]
 
 
@@ -423,13 +426,23 @@ def _faults(config, shapes: dict, tensors: _Tensors, optional: dict) -> Iterator
         yield few(unfit, "; ")
 
 
-def assemble(config: names.ModelConfig, directory: pathlib.Path, shardings: Any) -> dict:
-    """The parameters of a directory whose tensors are all in the name table. Raises UserError as `load_clip` does."""
-    return _assemble(config, _Tensors(_directory(directory)), shardings, [])
+def assemble(config: names.ModelConfig, directory: pathlib.Path, shardings: Any, parts: tuple[str, ...]) -> dict:
+    """The parameters of a directory whose tensors are all in the name table, of the tree's top level these parts.
+
+    Raises UserError as `load_clip` does.
+    """
+    return _assemble(config, _Tensors(_directory(directory)), shardings, [], parts=parts)
 
 
-def _assemble(config, tensors: _Tensors, shardings: Any, complaints: list[str], defaults: dict | None = None) -> dict:
-    """The nested parameter dict, or one UserError with every complaint."""
+def _assemble(
+    config,
+    tensors: _Tensors,
+    shardings: Any,
+    complaints: list[str],
+    defaults: dict | None = None,
+    parts: tuple[str, ...] | None = None,
+) -> dict:
+    """The nested parameter dict, of its top level `parts` alone (None: all), or one UserError with every complaint."""
     defaults = defaults or {}
     shapes = names.parameter_shapes(config)
     complaints = [*complaints, *_faults(config, shapes, tensors, defaults)]
@@ -438,10 +451,13 @@ def _assemble(config, tensors: _Tensors, shardings: Any, complaints: list[str], 
             f"{tensors.directory}: the weights do not fit {CONFIG}: {'; '.join(complaints)}. "
             "Use the config.json these weights were saved with"
         )
+    shapes = {name: shape for name, shape in shapes.items() if parts is None or name in parts}
     if shardings is not None:
         shardings = jax.tree.broadcast(shardings, shapes)
     params: dict = {}
     for row in names.rows_for(config):
+        if row.path[0] not in shapes:
+            continue
         node = params
         for name in row.path[:-1]:
             node = node.setdefault(name, {})

@@ -11,11 +11,13 @@ import numpy as np
 
 from vlkd_jax.errors import few
 from vlkd_jax.models.bart import Bart
+from vlkd_jax.models.classifier import ClassifierConfig
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import BartConfig, ClipConfig, ClipResNetConfig, ClipVisionConfig
 from vlkd_jax.models.vlkd import StudentConfig
 
-ModelConfig = ClipConfig | BartConfig | StudentConfig
+ModelConfig = ClipConfig | BartConfig | StudentConfig | ClassifierConfig
+HEAD = "classification_head"
 Path = tuple[str, ...]
 Index = tuple[slice, ...]
 """A slice of each axis."""
@@ -193,13 +195,26 @@ def student_rows(config: StudentConfig) -> list[Row]:
     return rows
 
 
+def classifier_rows(config: ClassifierConfig) -> list[Row]:
+    """Every parameter of `BartForSequenceClassification`, which has no `final_logits_bias`."""
+    rows = [_inside(row, "", ("bart",)) for row in bart_rows(config.bart) if row.path != ("final_logits_bias",)]
+    for name in ("dense", "out_proj"):
+        rows += _linear(f"{HEAD}.{name}", (HEAD, name))
+    return rows
+
+
 def _inside(row: Row, prefix: str, path: Path) -> Row:
     return dataclasses.replace(row, hf=prefix + row.hf, path=(*path, *row.path))
 
 
 def rows_for(config: ModelConfig) -> list[Row]:
     """The table for a model."""
-    tables = {ClipConfig: clip_rows, BartConfig: bart_rows, StudentConfig: student_rows}
+    tables = {
+        ClipConfig: clip_rows,
+        BartConfig: bart_rows,
+        StudentConfig: student_rows,
+        ClassifierConfig: classifier_rows,
+    }
     return tables[type(config)](config)
 
 

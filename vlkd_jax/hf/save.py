@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from vlkd_jax.hf import names
 from vlkd_jax.hf.load import CONFIG, GENERATION, PREPROCESSOR, TOKENIZER_FILES, WEIGHTS
+from vlkd_jax.models.classifier import ClassifierConfig
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
@@ -38,6 +39,15 @@ def save_bart(directory: str | pathlib.Path, config: BartConfig, params: dict, d
     _save(pathlib.Path(directory), params, config, texts, dtype)
 
 
+def save_classifier(
+    directory: str | pathlib.Path, config: ClassifierConfig, params: dict, dtype: str = "float32"
+) -> None:
+    """As `save_bart`, a `BartForSequenceClassification` directory; nothing of it is generated with."""
+    bart = {name: value for name, value in params["bart"].items() if name != "final_logits_bias"}
+    texts = {CONFIG: config.to_hf() | {"dtype": dtype}}
+    _save(pathlib.Path(directory), params | {"bart": bart}, config, texts, dtype)
+
+
 def generation_values(config: BartConfig) -> dict[str, int]:
     """generation_config.json of a BART."""
     pins = ("bos", "pad", "eos", "decoder_start", "forced_bos", "forced_eos")
@@ -56,7 +66,7 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> None:
 def _save(
     directory: pathlib.Path,
     params: dict,
-    config: ClipConfig | BartConfig,
+    config: ClipConfig | BartConfig | ClassifierConfig,
     texts: dict[str, dict],
     dtype: str = "float32",
 ) -> None:

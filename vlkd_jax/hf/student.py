@@ -20,8 +20,6 @@ from vlkd_jax.models.vlkd import HIDDEN, StudentConfig
 
 MODEL_TYPE = "vlkd"
 MODELING = "modeling_vlkd"
-CLIP_TOKENIZER = "clip_tokenizer"
-"""The folder of the teacher's tokenizer; the student's lies beside the weights."""
 SHARD_BYTES = 5 * 10**9
 """More than so many bytes of weights are spread over several files."""
 CHOICES = {
@@ -145,10 +143,15 @@ def read_student_config(directory: str | Path) -> StudentConfig:
     )
 
 
-def load_student(directory: str | Path, shardings: Any = None) -> tuple[StudentConfig, dict]:
+def load_student(
+    directory: str | Path, shardings: Any = None, parts: tuple[str, ...] = ("student", "clip")
+) -> tuple[StudentConfig, dict]:
     """Config and float32 parameters {"student": ..., "clip": ...}, placed as `load.load_clip` does.
 
-    Raises UserError as it does.
+    Args:
+      parts: which of the two; the others are not read.
+
+    Raises UserError as `load.load_clip` does.
     """
     config = read_student_config(directory)
-    return config, assemble(config, Path(directory), shardings)
+    return config, assemble(config, Path(directory), shardings, parts)

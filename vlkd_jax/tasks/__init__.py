@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlkd_jax.tasks import contrastive, denoise, distill
+from vlkd_jax.tasks import classify, contrastive, denoise, distill, seq2seq
 from vlkd_jax.tasks.parents import choose
 from vlkd_jax.tasks.task import Task
 from vlkd_jax.types import ConfigDict
@@ -11,6 +11,10 @@ TASKS = {
     "vlkd": distill.make_task,
     "clip_contrastive": contrastive.make_task,
     "bart_denoise": denoise.make_task,
+    "classify": classify.make_task,
+    "summarize": seq2seq.make_summary_task,
+    "caption": seq2seq.make_caption_task,
+    "answer": seq2seq.make_answer_task,
 }
 
 

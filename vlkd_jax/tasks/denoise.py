@@ -66,11 +66,17 @@ def read_texts(batch: Batch) -> list[tuple[Int[ArrayLike, "B _"], Bool[ArrayLike
 
 def restoring_terms(bart: Bart, batch: Batch, states: Sequence[Float[Array, "B _ D"]], rng: Rng) -> Terms:
     """`denoise_terms` from the encoder's states of `read_texts`."""
-    deterministic = rng is None
-    memory, mask = states[0], batch.source_mask
+    memory = states[0], batch.source_mask
     if batch.context_ids is not None:
-        memory, mask = join_memory((states[1], batch.context_mask), (memory, mask))
-    inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
-    hidden = bart.decode(inputs, memory, mask, deterministic=deterministic)
-    loss, accuracy = losses.icti(hidden, *bart.output_table(), batch.text_ids, batch.target_mask)
+        memory = join_memory((states[1], batch.context_mask), memory)
+    loss, accuracy = target_losses(bart, batch, memory, rng)
     return {"denoise": loss, "token_accuracy": accuracy}
+
+
+def target_losses(
+    bart: Bart, batch: Batch, memory: tuple[Float[Array, "B M D"], Bool[Array, "B M"]], rng: Rng
+) -> tuple[losses.SumAndCount, losses.SumAndCount]:
+    """(cross-entropy, accuracy) of a batch's text, teacher-forced, from what the decoder reads (states, mask)."""
+    inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
+    hidden = bart.decode(inputs, *memory, deterministic=rng is None)
+    return losses.icti(hidden, *bart.output_table(), batch.text_ids, batch.target_mask)

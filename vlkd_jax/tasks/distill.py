@@ -25,7 +25,7 @@ from vlkd_jax.models.vlkd import HIDDEN, NEW, Student, StudentConfig
 from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs, read_texts, restoring_terms
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
-from vlkd_jax.types import Array, Batch, ConfigDict, DTypeLike, Float, Float32, Key, Params, TeacherOutputs
+from vlkd_jax.types import Array, Batch, ConfigDict, DTypeLike, Float, Float32, Key, Params, TeacherOutputs, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +173,7 @@ def teacher_projections(teacher: Clip, params: Params, batch: Batch, image_token
         tokens = None if tokens is None else compression.restore(tokens, teacher.dtype)
         return TeacherOutputs(tokens, *(compression.restore(x, jnp.float32) for x in (image, text)))
     params = jax.lax.stop_gradient(params)
-    pixels = normalize_pixels(batch.pixels, teacher.config.preprocessing)
-    output = teacher.apply({"params": params}, pixels, method="encode_images")
+    output = encode_pixels(teacher, params, batch.pixels)
     text = teacher.apply({"params": params}, batch.clip_ids, batch.clip_mask, method="project_texts")
     tokens = None if image_tokens == "pooled" else select_tokens(output, image_tokens)
     return TeacherOutputs(tokens, *(_widened(x, teacher.dtype) for x in (output.tokens[:, 0], text)))
@@ -184,6 +183,12 @@ def _widened(x: Float[Array, "B E"], dtype: DTypeLike) -> Float32[Array, "B E"]:
     """x in float32, rounded to its `dtype`: compilers leave the rounding out where they see both conversions."""
     wide, info = x.astype(jnp.float32), jnp.finfo(dtype)
     return wide if dtype == jnp.float32 else jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+
+
+def encode_pixels(teacher: Clip, params: Params, pixels: UInt8[Array, "B h w 3"]) -> ClipImageOutput:
+    """What the teacher's image tower makes of pictures as a batch holds them."""
+    normalised = normalize_pixels(pixels, teacher.config.preprocessing)
+    return teacher.apply({"params": params}, normalised, method="encode_images")
 
 
 def select_tokens(output: ClipImageOutput, kind: str) -> Float[Array, "B N W"]:

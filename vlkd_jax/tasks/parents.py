@@ -42,7 +42,7 @@ def remat_policy(config: ConfigDict) -> str | None:
 
 def read_clip(config: ConfigDict) -> tuple[ClipConfig, ClipText]:
     """Configuration and tokenizer of `config.clip`. Raises UserError, also when the two differ."""
-    _require(config, "clip")
+    require(config, "clip")
     directory = model_directory(config.clip)
     clip_config, text = read_clip_config(directory), ClipText(directory)
     _check_vocabulary(config.clip, text.vocab_size, clip_config.text.vocab_size)
@@ -52,7 +52,7 @@ def read_clip(config: ConfigDict) -> tuple[ClipConfig, ClipText]:
 
 def read_bart(config: ConfigDict) -> tuple[BartConfig, BartText]:
     """Configuration and tokenizer of `config.bart`. Raises UserError, also when the two differ."""
-    _require(config, "bart")
+    require(config, "bart")
     directory = model_directory(config.bart)
     bart_config, text = read_bart_config(directory), BartText(directory)
     if text.mask >= bart_config.vocab_size:
@@ -78,11 +78,7 @@ def text_encoder(config: ConfigDict, text: BartText, positions: int, **options: 
       UserError: `config.data` has room for more tokens than BART has positions.
     """
     data = config.data
-    for field in ("text_length", "source_length", "context_length", "replay_length"):
-        if data[field] > positions:
-            raise UserError(
-                f"config.data.{field} is {data[field]}; the BART in {config.bart} has {positions} positions"
-            )
+    check_lengths(config, positions)
     return Encoder(
         bart_text=text,
         text_length=data.text_length,
@@ -93,9 +89,20 @@ def text_encoder(config: ConfigDict, text: BartText, positions: int, **options: 
     )
 
 
-def _require(config: ConfigDict, field: str) -> None:
+def check_lengths(config: ConfigDict, positions: int) -> None:
+    """Raises UserError when `config.data` has room for more tokens than BART has positions."""
+    for field in ("text_length", "source_length", "context_length", "replay_length"):
+        if config.data[field] > positions:
+            source = config.bart or config.start
+            raise UserError(
+                f"config.data.{field} is {config.data[field]}; the BART in {source} has {positions} positions"
+            )
+
+
+def require(config: ConfigDict, field: str, what: str = "a Hugging Face directory") -> None:
+    """Raises UserError where the field that names a model is empty."""
     if not config[field]:
-        raise UserError(f"config.{field} is empty; set it to a Hugging Face directory: --config.{field}=DIR")
+        raise UserError(f"config.{field} is empty; set it to {what}: --config.{field}=DIR")
 
 
 def _check_vocabulary(directory: str, tokens: int, rows: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vlkd_jax.data.pipeline import Encoder
+from vlkd_jax.data.pipeline import Encode, Encoder
 from vlkd_jax.losses import Pairs, SumAndCount
+from vlkd_jax.models.classifier import ClassifierConfig
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.vlkd import StudentConfig
 from vlkd_jax.types import Array, Batch, Key, Params
@@ -51,6 +52,7 @@ class Task:
       needs_images: whether its records must have pictures.
       teacher: the module of `Frozen["clip"]`.
       student: what the student is, whole, as an export says it; None: there is no student.
+      classifier: what a classifier of texts is, whole; None: it is none.
       denoise_terms: the terms of a text-only batch, by which the text abilities are measured; None: it has none.
       replay_encoder: what a text-only batch beside the pairs holds; mixes_replay: whether training mixes such in.
       new: top-level parameters that start from nothing and take the larger learning rate.
@@ -60,7 +62,7 @@ class Task:
 
     module: nn.Module
     configs: dict[str, Any]
-    encoder: Encoder | None
+    encoder: Encode | None
     terms: TermsFunction
     weights: dict[str, float]
     read_params: Callable[[Shardings], Params]
@@ -70,6 +72,7 @@ class Task:
     needs_images: bool = True
     teacher: Clip | None = None
     student: StudentConfig | None = None
+    classifier: ClassifierConfig | None = None
     denoise_terms: TermsFunction | None = None
     replay_encoder: Encoder | None = None
     mixes_replay: bool = False
