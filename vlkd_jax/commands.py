@@ -212,6 +212,32 @@ _ALL = (
         needs_device=False,
     ),
     Command(
+        "retention",
+        module="vlkd_jax.retention",
+        summary="what became of the text abilities: a BART and the student that it became",
+        description="Puts a BART as it was and the student that it became through the same code, seeds and data: "
+        "denoise (texts restored) and shapes (the built-in world's questions, from descriptions) need no training, "
+        "glue and xsum fine-tune both. OUT receives retention.json with paired differences, retention.png, every row.",
+        options=(
+            text("before", "BART", "a directory, hf:facebook/bart-base or builtin:shapes/bart", required=True),
+            text("after", "DIR", "a training run's workdir, an export, or another BART", required=True),
+            text("output", "OUT", "directory of the results", required=True),
+            text("tasks", "NAMES", "of denoise, shapes, glue, xsum, with commas between", default="denoise,shapes"),
+            text("texts", "FILE", "of denoise: held-out texts, one a line"),
+            text("glue", "DIR", "of glue: the folder of its tasks, such as DIR/RTE/train.tsv; those that are there"),
+            text("xsum", "DIR", "of xsum: the folder of train.jsonl and validation.jsonl (document, summary)"),
+            integer("limit", "N", "texts, questions or documents of a task at most", default=1000, minimum=1),
+            integer("steps", "N", "of fine-tuning", default=500, minimum=1),
+            integer("batch_size", "N", "of fine-tuning", default=32, minimum=1),
+            number("lr", "RATE", "of fine-tuning", default=3e-5, minimum=0.0),
+            integer("examples", "N", "to fine-tune on, of classes so many of each (few-shot); 0: all", default=0),
+            integer("seed", "N", "of fine-tuning, corruption and questions", default=0, minimum=0),
+            JSON,
+        ),
+        example="--before=models/bart --after=runs/mine --output=retention --texts=held_out.txt",
+        exit_codes=(0, 1, 2, 3, 4, 130, 143),
+    ),
+    Command(
         "submission",
         module="vlkd_jax.submission",
         summary="the file that a benchmark's server takes, checked",

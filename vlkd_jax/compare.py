@@ -18,7 +18,7 @@ import numpy as np
 from vlkd_jax import console, entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.errors import UserError, few
-from vlkd_jax.evals import caption_metrics
+from vlkd_jax.evals import caption_metrics, glue_suite
 from vlkd_jax.evals.predictions import read_jsonl
 from vlkd_jax.evals.retrieval_suite import AT
 from vlkd_jax.evals.runner import PREDICTIONS
@@ -101,6 +101,13 @@ def _figures(rows: Sequence[Row]) -> Figures:
     """What the rows of one task are compared by."""
     if "rouge" in rows[0]:
         return {name: (np.array([row["rouge"][name] for row in rows]), _mean) for name in ROUGE}
+    if rows[0]["task"] == "denoise":
+        return {
+            "denoise_loss": (np.array([[row["loss"], row["tokens"]] for row in rows]), _ratio),
+            "token_accuracy": (np.array([[row["right"], row["tokens"]] for row in rows]), _ratio),
+        }
+    if rows[0]["task"].startswith("glue_"):
+        return glue_suite.figures(rows)
     if "image_ranks" in rows[0]:
         return _recalls(rows)
     if (

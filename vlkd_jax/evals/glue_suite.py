@@ -125,4 +125,4 @@ def check_labels(name: str, model: VLKD, item: Classified) -> None:
         raise UserError(f"{name}: its classes are {theirs}, and this model's {mine}; give one fine-tuned on this task")
 
 
-SUITE = Suite(glue_items, judge_class, score_classes, check_labels, predict=_classify)
+SUITE = Suite(glue_items, judge_class, score_classes, predict=_classify, check=check_labels)

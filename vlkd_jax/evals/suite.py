@@ -89,19 +89,19 @@ class Suite:
         last ones; None: `Prompt`s are answered.
       judge: a row with `raw` -> what is added to it: `normalised`, `score`, ...
       score: judged rows that have a `score`, one at least, nothing else -> metrics.
-      check: (name of the suite, model, item) raises UserError where the model cannot take the item.
       results: all rows -> what the benchmark's server takes; None: it has none.
       picture: (its config, a row) -> the row's picture, for a page; None: that of the name `row["image"]` in the folder
         `images`.
+      check: (name of the suite, model, item) raises UserError where the model cannot take the item.
     """
 
     items: Callable[[ConfigDict], Iterable[Item]]
     judge: Callable[[Row], Row]
     score: Callable[[list[Row]], dict[str, Any]]
-    check: Callable[[str, VLKD, Item], None] = check_item
     results: Callable[[list[Row]], list[dict[str, Any]]] | None = None
     predict: Callable[[VLKD, list[Item], int, str], Iterator[Row]] | None = None
     picture: Callable[[ConfigDict, Row], Picture] | None = None
+    check: Callable[[str, VLKD, Item], None] = check_item
 
 
 def decoding_of(suite: ConfigDict, max_new_tokens: int) -> Decoding:

@@ -61,8 +61,7 @@ def export(
     _write_tokenizer(model.bart_text, output)
     _write_tokenizer(model.clip_text, output / CLIP_TOKENIZER)
     params = jax.device_get({"student": model.params, "clip": model.clip_params})
-    save_bart(output / "bart", model.config.bart, params["student"]["bart"], dtype)
-    _write_tokenizer(model.bart_text, output / "bart")
+    write_bart(output / "bart", model, dtype)
     shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), output / f"{MODELING}.py")
     write_json(output / PROCESSOR, processor_values(model.prompts))
     write_json(output / RUN, {"config": run or {}, "identity": model.identity, "command": command})
@@ -78,14 +77,20 @@ def _export_text_model(
     what, model_class = ("A BART", "BartForConditionalGeneration")
     if classes is not None:
         what, model_class = "A BART that classifies texts", "BartForSequenceClassification"
-    _write_tokenizer(model.bart_text, output)
     write_json(output / RUN, {"config": run, "identity": model.identity, "command": command})
     card = text_card(what, model_class, run, model.bart_text.directory, command, evaluation)
     write_atomic(output / "README.md", card.encode())
     if classes is None:
-        save_bart(output, model.configs["bart"], jax.device_get(model.bart_params), dtype)
+        write_bart(output, model, dtype)
     else:
+        _write_tokenizer(model.bart_text, output)
         save_classifier(output, classes, jax.device_get(model.params), dtype)
+
+
+def write_bart(directory: Path, model: VLKD, dtype: str = "float32") -> None:
+    """Writes the model's BART and its tokenizer as a stock directory of Hugging Face's (created if absent)."""
+    _write_tokenizer(model.bart_text, directory)
+    save_bart(directory, model.configs["bart"], jax.device_get(model.bart_params), dtype)
 
 
 def _write_tokenizer(text: BartText | ClipText, directory: Path) -> None:
