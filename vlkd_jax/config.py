@@ -81,6 +81,7 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Raises TypeError where a group of fields is none."""
     nested = {k: _filled(d, values[k]) for k, d in defaults.items() if isinstance(d, dict) and k in values}
     return defaults | values | nested
 

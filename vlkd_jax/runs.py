@@ -23,11 +23,14 @@ from vlkd_jax.workdir import CONFIG_FILE
 
 
 def run_config(directory: str | Path) -> ConfigDict:
-    """The configuration of a training run. Raises UserError when there is none."""
+    """The configuration of a training run. Raises UserError when there is none, or one that somebody has changed."""
     path = locate(directory) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG_FILE} there; it is no --workdir of a training run")
-    return ConfigDict(with_defaults(read_json(path)))
+    try:
+        return ConfigDict(with_defaults(read_json(path)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not the configuration of a run ({error}); restore it") from error
 
 
 def load_run(

@@ -25,6 +25,9 @@ from safetensors.numpy import load_file
 from configs import base, suites
 from vlkd_jax.compare import compare_paths, read_evaluation
 from vlkd_jax.data import inputs, tar
+from vlkd_jax.data.asked import Questions
+from vlkd_jax.data.documents import Documents
+from vlkd_jax.data.glue import GlueRows
 from vlkd_jax.data.images import check_picture, open_image, resize_and_crop
 from vlkd_jax.data.prepare import Options, prepare
 from vlkd_jax.data.records import RecordPairs
@@ -299,7 +302,7 @@ def test_an_evaluation_to_report(tmp_path, fuzzed):
     def read(value, rows):
         (tmp_path / "metrics.json").write_text(json.dumps(value))
         (tmp_path / "vqav2" / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        read_or_refuse(lambda: write_report(tmp_path), tmp_path)
+        read_or_refuse(lambda: write_report(tmp_path), tmp_path, "config.vqav2.")
 
     rows = st.one_of(st.just([row]), broken([row]).filter(lambda value: isinstance(value, list)))
     fuzzed(read, st.one_of(st.just(whole), broken(whole)), rows, examples=60)
@@ -480,6 +483,93 @@ def test_the_config_of_a_run(tmp_path, fuzzed):
         read_or_refuse(lambda: run_config(tmp_path), tmp_path, "config.")
 
     fuzzed(read, broken(whole), examples=60)
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "value"),
+    [
+        ("bart", "vocab_size", 2**31),
+        ("bart", "encoder_layers", 10**7),
+        ("clip", "text_config.hidden_size", 2**40),
+        ("clip", "vision_config.image_size", 2**20),
+    ],
+)
+def test_sizes_that_no_array_has(assets, tmp_path, model, field, value):
+    """Each once hung or ended in a traceback."""
+    directory = shutil.copytree(assets / model, tmp_path / model)
+    config = json.loads((directory / "config.json").read_text())
+    *parts, last = field.split(".")
+    (config[parts[0]] if parts else config)[last] = value
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config.json: {field} is {value}; it must be a whole number of at most"):
+        read_model(directory)
+
+
+def test_a_group_of_fields_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"optim": None}))
+    with pytest.raises(UserError, match=r"config.json: not the configuration of a run"):
+        run_config(tmp_path)
+
+
+# texts to fine-tune on
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb", "cola"])
+def test_rows_of_glue(tmp_path, fuzzed, task):
+    whole = {
+        "mnli": b"index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n1\tc\td\tentailment\n",
+        "stsb": b"index\tsentence1\tsentence2\tscore\n0\ta\tb\t2.5\n1\tc\td\t5\n",
+        "cola": b"x\t1\t\ta text\nx\t0\t*\tanother\n",
+    }[task]
+    path = tmp_path / "train.tsv"
+
+    def read(data):
+        path.write_bytes(data)
+        rows = read_or_refuse(lambda: GlueRows(path, task), path)
+        for k in range(len(rows or ())):
+            assert rows[k].text is not None and rows[k].label is not None
+
+    fuzzed(read, st.one_of(damaged(whole), BYTES), examples=100)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.source"])
+def test_documents_with_summaries(tmp_path, fuzzed, name):
+    rows = [{"document": "a long text", "summary": "short"}, {"document": "b", "summary": "c"}]
+    path = tmp_path / name
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (tmp_path / "train.target").write_text("short\nc\n")
+    lines = {"train.jsonl": "\n".join(map(json.dumps, rows)), "train.source": "a long text\nb\n"}
+    whole = lines[name].encode() if name in lines else path.read_bytes()
+    values = (
+        broken(rows)
+        .filter(lambda value: isinstance(value, list))
+        .map(lambda rows: "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows])).encode())
+    )
+
+    def read(data):
+        path.write_bytes(data)
+        documents = read_or_refuse(lambda: Documents([path]), tmp_path)
+        for k in range(len(documents or ())):
+            assert documents[k].text and documents[k].fields["document"]
+
+    fuzzed(read, st.one_of(damaged(whole), values), examples=100)
+
+
+def test_questions_to_train_on(folder, fuzzed):
+    questions = {"questions": [{"question_id": k, "image_id": "a", "question": "what?"} for k in (1, 2)]}
+
+    def read(asked, answered, template):
+        (folder / "q.json").write_text(json.dumps(asked))
+        (folder / "n.json").write_text(json.dumps(answered))
+        names = folder, "config.data.image_name"
+        source = read_or_refuse(lambda: Questions(folder / "q.json", folder / "n.json", folder, template, 1.0), *names)
+        for k in range(len(source or ())):
+            with contextlib.suppress(RecordError):
+                assert isinstance(source[k].text, str)
+
+    templates = st.one_of(st.just("{image_id}.png"), TEXT)
+    asked, answered = (st.one_of(st.just(whole), broken(whole)) for whole in (questions, ANSWERS))
+    fuzzed(read, asked, answered, templates, examples=100)
 
 
 class Captions:

@@ -224,9 +224,9 @@ def parameter_shapes(config: ModelConfig) -> dict:
         student = config.module()
         shapes = jax.eval_shape(student.init, jax.random.key(0), *student.example_inputs())["params"]
         return {"student": shapes, "clip": parameter_shapes(config.clip)}
-    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    ids, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, bool))
     if isinstance(config, ClipConfig):
-        pixels = jnp.zeros((1, config.vision.image_size, config.vision.image_size, 3))
+        pixels = jax.ShapeDtypeStruct((1, config.vision.image_size, config.vision.image_size, 3), jnp.float32)
         model, inputs = Clip(config), (pixels, ids, mask)
     else:
         model, inputs = Bart(config), (ids, mask, ids)

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from vlkd_jax.errors import UserError
-from vlkd_jax.models.fields import Fields, check_model_type, part_of
+from vlkd_jax.models.fields import LARGEST_IMAGE, MOST_LAYERS, Fields, check_model_type, part_of
 
 ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu")
 # What transformers' CLIPConfig and BartConfig assume for an absent key (the same in versions 4 and 5).
@@ -125,10 +125,10 @@ class ClipVisionConfig:
         result = cls(
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_hidden_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
             num_attention_heads=fields.integer("num_attention_heads"),
-            image_size=fields.integer("image_size"),
-            patch_size=fields.integer("patch_size"),
+            image_size=fields.integer("image_size", maximum=LARGEST_IMAGE),
+            patch_size=fields.integer("patch_size", maximum=LARGEST_IMAGE),
             hidden_act=fields.one_of("hidden_act", ACTIVATIONS),
             layer_norm_eps=fields.number("layer_norm_eps"),
         )
@@ -219,7 +219,7 @@ class ClipTextConfig:
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_hidden_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
             num_attention_heads=fields.integer("num_attention_heads"),
             max_position_embeddings=fields.integer("max_position_embeddings"),
             hidden_act=fields.one_of("hidden_act", ACTIVATIONS),
@@ -386,7 +386,7 @@ class ClipConfig:
                 words.integer("vocab_size"),
                 width,
                 4 * width,
-                words.integer("layers"),
+                words.integer("layers", maximum=MOST_LAYERS),
                 words.integer("heads"),
                 words.integer("context_length"),
                 "quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -450,7 +450,7 @@ class BartConfig:
         if config.get("forced_bos_token_id") is None and config.get("force_bos_token_to_be_generated") is True:
             fields.values["forced_bos_token_id"] = fields.values["bos_token_id"]
         sizes = (
-            *("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads"),
+            *("vocab_size", "d_model", "encoder_attention_heads"),
             *("decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings"),
         )
         rates = ("dropout", "attention_dropout", "activation_dropout")
@@ -458,6 +458,7 @@ class BartConfig:
         forced = ("forced_bos_token_id", "forced_eos_token_id")
         return cls(
             **{name: fields.integer(name) for name in sizes},
+            **{name: fields.integer(name, maximum=MOST_LAYERS) for name in ("encoder_layers", "decoder_layers")},
             **{name: fields.number(name, below=1.0) for name in rates},
             **{name: fields.integer(name, 0) for name in ids},
             **{name: fields.optional_integer(name) for name in forced},

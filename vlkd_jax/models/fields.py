@@ -7,6 +7,10 @@ from typing import Any
 
 from vlkd_jax.errors import UserError
 
+LARGEST = 2**24
+"""Of a whole number; a file with a larger one is damaged, and its arrays would overflow."""
+MOST_LAYERS, LARGEST_IMAGE = 2**12, 2**16
+
 
 class Fields:
     """Typed reads from one JSON object; every complaint names the file and the field."""
@@ -21,13 +25,15 @@ class Fields:
         """Raises UserError: the field has another value than is wanted."""
         raise UserError(f"{self.source}: {self.prefix}{name} is {self.values.get(name)!r}; it must be {wanted}")
 
-    def integer(self, name: str, minimum: int = 1) -> int:
+    def integer(self, name: str, minimum: int = 1, maximum: int = LARGEST) -> int:
         """A whole number."""
         value = self.values.get(name)
         if isinstance(value, list | tuple) and value and all(item == value[0] for item in value):
             value = value[0]  # transformers 5 also writes square sizes and single end tokens as lists
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.fail(name, f"a whole number of at least {minimum}")
+        if value > maximum:
+            self.fail(name, f"a whole number of at most {maximum}")
         return value
 
     def optional_integer(self, name: str) -> int | None:

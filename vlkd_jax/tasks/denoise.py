@@ -74,7 +74,7 @@ def restoring_terms(bart: Bart, batch: Batch, states: Sequence[Float[Array, "B _
 
 
 def target_losses(
-    bart: Bart, batch: Batch, memory: tuple[Float[Array, "B M D"], Bool[Array, "B M"]], rng: Rng
+    bart: Bart, batch: Batch, memory: tuple[Float[ArrayLike, "B M D"], Bool[ArrayLike, "B M"]], rng: Rng
 ) -> tuple[losses.SumAndCount, losses.SumAndCount]:
     """(cross-entropy, accuracy) of a batch's text, teacher-forced, from what the decoder reads (states, mask)."""
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)

@@ -25,7 +25,19 @@ from vlkd_jax.models.vlkd import HIDDEN, NEW, Student, StudentConfig
 from vlkd_jax.tasks.denoise import denoise_terms, dropout_rngs, read_texts, restoring_terms
 from vlkd_jax.tasks.parents import DTYPES, choose, read_bart, read_clip, remat_policy, text_encoder, with_training_rates
 from vlkd_jax.tasks.task import TEACHER, Frozen, Rng, Shardings, Task, Terms
-from vlkd_jax.types import Array, Batch, ConfigDict, DTypeLike, Float, Float32, Key, Params, TeacherOutputs, UInt8
+from vlkd_jax.types import (
+    Array,
+    ArrayLike,
+    Batch,
+    ConfigDict,
+    DTypeLike,
+    Float,
+    Float32,
+    Key,
+    Params,
+    TeacherOutputs,
+    UInt8,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +197,7 @@ def _widened(x: Float[Array, "B E"], dtype: DTypeLike) -> Float32[Array, "B E"]:
     return wide if dtype == jnp.float32 else jax.lax.reduce_precision(wide, info.nexp, info.nmant)
 
 
-def encode_pixels(teacher: Clip, params: Params, pixels: UInt8[Array, "B h w 3"]) -> ClipImageOutput:
+def encode_pixels(teacher: Clip, params: Params, pixels: UInt8[ArrayLike, "B h w 3"]) -> ClipImageOutput:
     """What the teacher's image tower makes of pictures as a batch holds them."""
     normalised = normalize_pixels(pixels, teacher.config.preprocessing)
     return teacher.apply({"params": params}, normalised, method="encode_images")
