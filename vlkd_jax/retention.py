@@ -68,10 +68,7 @@ def bart_of(name: str, output: Path) -> Path:
 
 def denoise_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
     """Each text restored from its corruption, teacher-forced: the summed loss, and how many tokens are right."""
-    config = ConfigDict(with_defaults({"objective": "bart_denoise", "bart": str(bart), "seed": values.seed}))
-    room = min(LENGTH, read_bart_config(bart).max_position_embeddings)
-    config.data.text_length = config.data.source_length = config.data.replay_length = room
-    config.data.truncate = True
+    config = denoise_config(values, bart)
     task, source = make_task(config), TextLines(_given(values, "texts", "denoise", "a file with a text a line"))
     params, terms, rows = task.load_params(), without_dropout(task.denoise_terms), []
     stream = batches(source, task.encoder, batch_size=1, seed=values.seed, shuffle=False, threads=1)
@@ -84,6 +81,15 @@ def denoise_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
             rows.append(row | {"loss": loss, "tokens": tokens, "right": right, "score": right / max(tokens, 1)})
             told(number + 1)
     return rows
+
+
+def denoise_config(values: SimpleNamespace, bart: Path) -> ConfigDict:
+    """Of a run that restores texts, with the lengths that this BART has positions for."""
+    config = ConfigDict(with_defaults({"objective": "bart_denoise", "bart": str(bart), "seed": values.seed}))
+    room = min(LENGTH, read_bart_config(bart).max_position_embeddings)
+    config.data.text_length = config.data.source_length = config.data.replay_length = room
+    config.data.truncate = True
+    return config
 
 
 def shapes_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
