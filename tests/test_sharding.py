@@ -125,7 +125,7 @@ def test_what_no_rule_matches_and_what_cannot_be_split_is_named():
         sharding.check_rules({"bart": {"shared": {"embedding": leaf}}})
 
 
-@pytest.mark.parametrize("objective", ["vlkd", "bart_denoise", "clip_contrastive"])
+@pytest.mark.parametrize("objective", ["vlkd", "bart_denoise", "clip_contrastive", "classify", "summarize"])
 def test_the_rules_cover_every_task_and_none_is_idle(assets, objective):
     config = tiny_config(assets, objective=objective)
     task, mesh = make_task(config), make_mesh(2, 2, 2)

@@ -264,8 +264,16 @@ def test_refusals(assets, run, model, tmp_path):
         VLKD.from_run(tmp_path / "nothing")
     for objective, source in (("clip_contrastive", "shapes"), ("bart_denoise", "shapes_texts")):
         train(tiny_config(assets, steps=1, objective=objective, data__source=source), tmp_path / objective)
-        with pytest.raises(UserError, match="trains no student; give a run of objective vlkd"):
-            VLKD.from_run(tmp_path / objective)
+    with pytest.raises(UserError, match="this run trains a CLIP"):
+        VLKD.from_run(tmp_path / "clip_contrastive")
+    bart = VLKD.from_run(tmp_path / "bart_denoise")
+    for use in (
+        lambda: bart.answer([picture], ["what?"]),
+        lambda: bart.embed_texts("a"),
+        lambda: bart.rank(picture, "a"),
+    ):
+        with pytest.raises(UserError, match="bart_denoise: a text model, which reads no pictures; give a student"):
+            use()
 
 
 def test_before_is_an_evaluation_of_the_start(run, model, tmp_path):

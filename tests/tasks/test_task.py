@@ -16,6 +16,11 @@ SETTINGS = [
     {"objective": "vlkd", "student__image_tokens": "hidden", "student__whiten": 32},
     {"objective": "clip_contrastive"},
     {"objective": "bart_denoise", "data__source": "shapes_texts"},
+    {"objective": "classify", "data__task": "mnli"},
+    {"objective": "classify", "data__task": "stsb"},
+    {"objective": "summarize"},
+    {"objective": "caption", "start": "builtin:shapes/student"},
+    {"objective": "answer", "start": "builtin:shapes/student"},
 ]
 
 
