@@ -43,7 +43,7 @@ class Questions:
             try:
                 check_picture(images / name)
             except RecordError as e:
-                self.faults[name] = RecordError(e.reason, f"{questions}: {e}")
+                self.faults[name] = RecordError(e.reason, f"{questions}: {e} (config.data.image_name is {image_name})")
         faulty = [self.faults[row[1]] for row in self.rows if row[1] in self.faults]
         raise_if_too_many(faulty, len(self.rows), max_unusable)
 
