@@ -69,7 +69,7 @@ def bart_of(name: str, output: Path) -> Path:
 def denoise_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
     """Each text restored from its corruption, teacher-forced: the summed loss, and how many tokens are right."""
     config = denoise_config(values, bart)
-    task, source = make_task(config), TextLines(_given(values, "texts", "denoise", "a file with a text a line"))
+    task, source = make_task(config), TextLines(values.texts)
     params, terms, rows = task.load_params(), without_dropout(task.denoise_terms), []
     stream = batches(source, task.encoder, batch_size=1, seed=values.seed, shuffle=False, threads=1)
     count = min(values.limit, len(source))
@@ -111,7 +111,7 @@ def shapes_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
 
 def glue_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
     """Each of GLUE's tasks that has a folder in `--glue`: fine-tuned on, and its validation split classified."""
-    root, rows = Path(_given(values, "glue", "glue", "the folder of GLUE's tasks, such as glue/RTE")), []
+    root, rows = Path(values.glue), []
     chosen = {
         name: root / task.folder
         for name, task in GLUE.items()
@@ -130,7 +130,7 @@ def glue_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
 
 def xsum_rows(values: SimpleNamespace, bart: Path, place: Path) -> list[Row]:
     """Summaries, fine-tuned on the documents in `--xsum` and written for its validation split."""
-    folder = Path(_given(values, "xsum", "xsum", "the folder of train.jsonl and validation.jsonl (document, summary)"))
+    folder = Path(values.xsum)
     files = document_files(folder, "validation")
     if len(files) != 1:
         raise UserError(f"{folder} (--xsum): {len(files)} files of the split validation; give validation.jsonl alone")
@@ -151,13 +151,8 @@ TASKS: dict[str, Callable[[SimpleNamespace, Path, Path], list[Row]]] = {
     "glue": glue_rows,
     "xsum": xsum_rows,
 }
-
-
-def _given(values: SimpleNamespace, option: str, task: str, what: str) -> str:
-    value = getattr(values, option)
-    if not value:
-        raise UserError(f"--tasks has {task}, which needs --{option}: {what}")
-    return value
+NEEDS = {"denoise": "texts", "glue": "glue", "xsum": "xsum"}
+"""Tasks -> the option that names their files."""
 
 
 def _fine_tuned(values: SimpleNamespace, config: ConfigDict, bart: Path) -> ConfigDict:
@@ -174,9 +169,9 @@ def _fine_tuned(values: SimpleNamespace, config: ConfigDict, bart: Path) -> Conf
 
 
 def _trained_and_asked(values: SimpleNamespace, config: ConfigDict, suite: ConfigDict, place: Path) -> list[Row]:
-    train(config, place)
     suite.batch_size = values.batch_size
     items = {name: asked[: values.limit] for name, asked in read_items(suite).items()}
+    train(config, place)
     ((name, _),) = evaluate(suite, items, VLKD.from_run(place), locate(place / "asked"))
     return read_rows(place / "asked" / name)
 
@@ -233,6 +228,9 @@ def main(values: SimpleNamespace) -> None:
     tasks = values.tasks.split(",")
     if unknown := [name for name in tasks if name not in TASKS]:
         raise UserError(f"--tasks={values.tasks}: {unknown[0]} is none of {', '.join(TASKS)}")
+    for name, option in NEEDS.items():
+        if name in tasks and not getattr(values, option):
+            raise UserError(f"--tasks has {name}, which needs --{option} (vlkd retention --help)")
     output = output_directory(values.output, "--output")
     barts = {side: bart_of(getattr(values, side), output / side / "bart") for side in SIDES}
     before, after = (BartText(place) for place in barts.values())
