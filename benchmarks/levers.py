@@ -37,14 +37,15 @@ VALUES = {
     "optim.lr": (3e-5, 1e-4, 3e-4, 1e-3),
     "loss.denoise": (0.1, 0.3, 1.0),
     "loss.l2": (1e-3, 1e-2, 1e-1),
-    "early_stop.max_drop": (0.01, 0.03),
+    "early_stop.max_drop": (0.003, 0.01),
 }
 NAMES = {
     "optim.lr": "BART's learning rate",
     "loss.denoise": "replayed texts, weight",
     "loss.l2": "pull to the start, weight",
-    "early_stop.max_drop": "early stop, points lost",
+    "early_stop.max_drop": "early stop, share lost",
 }
+TASKS = ("vqa", "text_qa")
 QUESTIONS = 1050
 """Of each kind, about pictures and about descriptions; the pictures hold kinds of object that no training scene has."""
 
@@ -54,6 +55,11 @@ def runs() -> list[tuple[str, float]]:
     off = ("optim.lr", OFF["optim.lr"])
     others = [(lever, value) for lever, values in VALUES.items() for value in values]
     return [off, *(run for run in others if run != off)]
+
+
+def name_of(lever: str, value: float) -> str:
+    """What a run is called in the results, and its folder."""
+    return f"{lever}={value:g}"
 
 
 def config_of(lever: str, value: float, seed: int, steps: int) -> ConfigDict:
@@ -84,41 +90,39 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"step": step, **asked, "held_out": measured[step], "at_start": measured[0]}
 
 
-TASKS = ("vqa", "text_qa")
-
-
-def points_of(result: dict[str, Any], lever: str) -> list[tuple[float, float, float]]:
-    """(value, text-only questions right, questions about pictures right) along a lever, means of the seeds."""
-    off = runs()[0]
-    named = [(value, result["runs"].get(f"{lever}={value:g}", {})) for value in VALUES[lever]]
-    named += [(0.0, result["runs"].get(f"{off[0]}={off[1]:g}", {}))] if lever != off[0] else []
-    return [
-        (value, *(statistics.mean(seed[name]["overall"] for seed in seeds.values()) for name in ("text_qa", "vqa")))
-        for value, seeds in named
-        if seeds
-    ]
+AXES = {
+    "text-only questions right, %": lambda run, when: 100 * (run["text_qa"]["overall"] if when == "held_out" else 1),
+    "denoising loss of held-out texts, nats a token": lambda run, when: run[when]["retention/denoise_loss"],
+}
+"""What has to stay: name -> (a run, "held_out" for its end or "at_start") -> its figure. All questions are right there."""
 
 
 def draw(result: dict[str, Any], figure: Path) -> None:
-    """Text abilities against answers about pictures, one line a lever; every run a small mark."""
-    plt.figure(figsize=(7.2, 4.6))
-    for lever, name in NAMES.items():
-        points = points_of(result, lever)
-        if not points:
-            continue
-        order = sorted(points, key=lambda point: point[1])
-        (line,) = plt.plot([100 * p[1] for p in order], [100 * p[2] for p in order], marker="o", label=name)
-        for value, text, picture in points:
-            told = f"{value:g}" if value else "off"
-            plt.annotate(told, (100 * text, 100 * picture), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        for value in VALUES[lever]:
-            for run in result["runs"].get(f"{lever}={value:g}", {}).values():
-                at = 100 * run["text_qa"]["overall"], 100 * run["vqa"]["overall"]
-                plt.plot(*at, marker=".", color=line.get_color(), alpha=0.4, linestyle="")
-    plt.xlabel("text-only questions right, % (before distillation: 100)")
-    plt.ylabel("questions about pictures right, zero-shot, %")
-    plt.grid(color="0.92")
-    plt.legend(frameon=False)
+    """Text abilities against answers about pictures, one line a lever; each run is a small mark, means are large."""
+    _, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    off = list(result["runs"].get(name_of(*runs()[0]), {}).values())
+    for axis, (label, figure_of) in zip(axes, AXES.items(), strict=True):
+        for lever, name in NAMES.items():
+            points = {value: list(result["runs"].get(name_of(lever, value), {}).values()) for value in VALUES[lever]}
+            points |= {} if lever == runs()[0][0] else {0.0: off}
+            measured = {
+                value: [(figure_of(run, "held_out"), 100 * run["vqa"]["overall"]) for run in seeds]
+                for value, seeds in points.items()
+                if seeds
+            }
+            means = {value: tuple(map(statistics.mean, zip(*some, strict=True))) for value, some in measured.items()}
+            (line,) = axis.plot(*zip(*sorted(means.values()), strict=True), marker="o", label=name)
+            for value, place in means.items():
+                axis.plot(*zip(*measured[value], strict=True), ".", color=line.get_color(), alpha=0.4)
+                if value:
+                    axis.annotate(f"{value:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        start = statistics.mean(figure_of(run, "at_start") for run in off)
+        axis.axvline(start, color="0.6", linestyle=":", label="before distillation")
+        axis.set_xlabel(label)
+        axis.grid(color="0.92")
+    axes[1].invert_xaxis()  # to the right is better in both
+    axes[0].set_ylabel("questions about pictures right, zero-shot, %")
+    axes[0].legend(frameon=False, fontsize=8)
     plt.tight_layout()
     plt.savefig(figure, dpi=110)
 
@@ -133,7 +137,7 @@ def table(result: dict[str, Any]) -> str:
     head = "| lever | value | stopped at | about pictures | text-only | denoising loss, before and after |"
     lines = [head, "|---|---|---|---|---|---|"]
     for lever, value in runs():
-        if seeds := result["runs"].get(f"{lever}={value:g}"):
+        if seeds := result["runs"].get(name_of(lever, value)):
             losses = [
                 " to ".join(f"{run[when]['retention/denoise_loss']:.3f}" for when in ("at_start", "held_out"))
                 for run in seeds.values()
@@ -162,10 +166,10 @@ def main() -> None:
         parser.error(f"{options.output}: of other settings, {result['settings']}; give another --output and --workdir")
     for seed in range(options.seeds):
         for lever, value in runs():
-            of_run = result["runs"].setdefault(f"{lever}={value:g}", {})
+            of_run = result["runs"].setdefault(name_of(lever, value), {})
             if str(seed) not in of_run:
                 config = config_of(lever, value, seed, options.steps)
-                of_run[str(seed)] = measure(config, options.workdir / f"{lever}={value:g}" / str(seed))
+                of_run[str(seed)] = measure(config, options.workdir / name_of(lever, value) / str(seed))
                 write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
     print(table(result))
     draw(result, options.figure)

@@ -62,7 +62,7 @@ td:nth-child(3):not(:last-child) { font-weight: normal; }
 </head>
 <body>
 <main>
-<h1>Zero-shot evaluation: $names</h1>
+<h1>Evaluation: $names</h1>
 $suites
 <section><h2>How this was made</h2><dl class="made">$circumstances</dl></section>
 </main>

@@ -47,8 +47,8 @@ def glue_items(suite: ConfigDict) -> Iterator[Classified]:
     path = place(suite, "rows")
     records = GlueRows(glue_file(path.parent, path.name.removesuffix(".tsv")), suite.task, suite.labelled)
     for number, record in enumerate(map(records.__getitem__, range(len(records)))):
-        row = {"task": f"glue_{suite.task}", "id": number, "image": None, "prompt": record.text}
-        row |= {"second": record.second} if record.second else {}
+        texts = [record.text, *([record.second] if record.second else [])]
+        row = {"task": f"glue_{suite.task}", "id": number, "image": None, "prompt": " | ".join(texts)}
         label = record.label
         row["answers"] = [] if label is None else [task.labels[int(label)] if task.labels else f"{label:g}"]
         yield Classified(row, (record.text, record.second), task.labels)
