@@ -94,7 +94,7 @@ AXES = {
     "text-only questions right, %": lambda run, when: 100 * (run["text_qa"]["overall"] if when == "held_out" else 1),
     "denoising loss of held-out texts, nats a token": lambda run, when: run[when]["retention/denoise_loss"],
 }
-"""What has to stay: name -> (a run, "held_out" for its end or "at_start") -> its figure. All questions are right there."""
+"""What has to stay: name -> (a run, "held_out" or "at_start") -> its figure; at the start every question is right."""
 
 
 def draw(result: dict[str, Any], figure: Path) -> None:
