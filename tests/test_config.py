@@ -40,8 +40,8 @@ def test_what_is_not_there_is_refused_and_never_guessed(tmp_path, monkeypatch):
     assert "--config=suites:shapes," in refusal(config_path, "suite:shapes")
     for value in ("", ":", "xyz", "xyz.py", "__init__", "."):
         assert (
-            "base, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, shapes_bart, shapes_clip, shapes_vlkd, suites"
-            in refusal(config_path, value)
+            "answer, base, caption, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, glue, shapes_bart, "
+            "shapes_clip, shapes_vlkd, suites, xsum" in refusal(config_path, value)
         )
 
 

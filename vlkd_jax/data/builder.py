@@ -26,12 +26,15 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from vlkd_jax import runtime
 from vlkd_jax.console import progress
 from vlkd_jax.data.inputs import Part
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.manifest import file_sha256
 
 MANIFEST, PLAN, PARTS, HASHES = "manifest.json", "prepare.json", "parts", "hashes.jsonl"
+LOOK = 0.2
+"""Seconds until the command looks again whether it was asked to end."""
 PART = ".part-"
 """Behind the name of a file that is not whole, before the process that writes it."""
 EXAMPLES = 3
@@ -196,7 +199,7 @@ def _run(
     if results:
         print(f"{len(results)} of {len(todo)} parts are there already", flush=True)
     parts = (_by_beam if beam is not None else _by_processes)(todo, missing, kind, work, beam or workers)
-    with progress("prepare", len(todo), "parts", len(results)) as tell:
+    with contextlib.closing(parts), progress("prepare", len(todo), "parts", len(results)) as tell:
         for number, result in parts:
             results[number] = result
             tell(len(results), _read_and_skipped(results))
@@ -219,17 +222,27 @@ def _by_processes(
     """(number, what was counted) of each missing part as it is done."""
     # not forked: a worker that is started anew holds none of this process's locks and threads
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _die_with, (os.getpid(),)) as pool:
+    with (
+        runtime.deferred() as signal_number,  # a pool that is not closed leaves semaphores, and a warning of Python's
+        concurrent.futures.ProcessPoolExecutor(workers, context, _die_with, (os.getpid(),)) as pool,
+    ):
         running = {pool.submit(write_part, todo[k], k, kind, work): k for k in missing}
         try:
-            for done in concurrent.futures.as_completed(running):
-                yield running[done], done.result()
+            while running:
+                done = concurrent.futures.wait(running, LOOK, concurrent.futures.FIRST_COMPLETED).done
+                if number := signal_number():
+                    raise runtime.Interrupted(number)
+                for part in done:
+                    yield running.pop(part), part.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 "a worker was killed (out of memory?); the same command goes on, --workers=N takes fewer"
             ) from error
-        finally:
+        except BaseException:  # also when nobody wants more of them: a part may take long, and begins anew
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def _die_with(parent: int) -> None:
