@@ -283,7 +283,7 @@ def test_record_directories(prepared, tmp_path, fuzzed, name):
     def read(data):
         path.write_bytes(data)
         pairs = read_or_refuse(lambda: RecordPairs(directory, "train"), directory)
-        for k in range(len(pairs) if pairs is not None else 0):
+        for k in range(min(len(pairs), 50) if pairs is not None else 0):  # a damaged count may be of millions
             record = read_or_refuse(lambda k=k: pairs[k], directory)
             assert record is None or isinstance(record.text, str)
 
