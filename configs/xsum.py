@@ -1,8 +1,8 @@
 """Fine-tuning BART to summarise: `vlkd train --config=xsum --config.bart=DIR --config.data.directory=xsum`.
 
 The folder has train.jsonl or train.parquet (document, summary), or lines in train.source and train.target, and the
-same of validation. Then `vlkd evaluate --config=suites:xsum --config.root=xsum`. Lengths and rate are those that
-BART's authors give for XSum.
+same of validation. Then `vlkd evaluate --config=suites:xsum --config.root=xsum`. Steps, rate and clipping are those
+that BART's authors give for XSum; their label smoothing is not here.
 """
 
 from ml_collections import ConfigDict

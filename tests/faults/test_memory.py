@@ -22,15 +22,19 @@ def told(loop, step, *rest):
 train._Loop._evaluate = told
 entry.run(train.main, COMMANDS["train"])
 """
-ALLOWED, A_SAVE = 4 * 2**20, 4 * 2**20
-"""Bytes that a process may hold more of at the end than after two fifths of its steps, and for each save between."""
+MEBIBYTE, A_SAVE = 2**20, 4 * 2**20
+"""A save may keep so much; `allowed` beside that, of what a process holds more than after two fifths of its steps."""
 
 
 @pytest.mark.parametrize(
-    "steps, saves",
-    [(300, 1), pytest.param(2000, 1, marks=pytest.mark.nightly), pytest.param(2000, 20, marks=pytest.mark.nightly)],
+    "steps, saves, allowed",
+    [
+        (300, 1, 32 * MEBIBYTE),  # on a busy machine the threads of a short run are not yet where they will be
+        pytest.param(2000, 1, 4 * MEBIBYTE, marks=pytest.mark.nightly),
+        pytest.param(2000, 20, 4 * MEBIBYTE, marks=pytest.mark.nightly),
+    ],
 )
-def test_long_runs_with_ten_evaluations_hold_no_more_memory(assets, tmp_path, steps, saves, record_property):
+def test_long_runs_with_ten_evaluations_hold_no_more_memory(assets, tmp_path, steps, saves, allowed, record_property):
     """Orbax and tensorstore keep about a megabyte of each save of these tiny models, whatever the arrays' sizes."""
     changes = {**MIXED, "steps": steps, "save_every": steps // saves, "eval__every": steps // 10, "log_every": 5}
     command = [sys.executable, "-c", TOLD, *arguments(assets, tmp_path / "run", **changes)]
@@ -40,4 +44,4 @@ def test_long_runs_with_ten_evaluations_hold_no_more_memory(assets, tmp_path, st
     assert len(held) == 11  # the start, and ten
     grown = held[steps] - held[steps * 2 // 5]
     record_property("mebibytes", round(grown / 2**20, 1))
-    assert grown < ALLOWED + A_SAVE * saves * 3 // 5, {k: v >> 20 for k, v in held.items()}
+    assert grown < allowed + A_SAVE * saves * 3 // 5, {k: v >> 20 for k, v in held.items()}
