@@ -291,9 +291,12 @@ def test_sigterm_at_any_moment_ends_in_time_and_loses_nothing(unstopped, assets,
     since = time.monotonic()
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=30)
-    assert time.monotonic() - since < 30 and run.returncode in (143, 0), (run.returncode, err)
-    if run.returncode:
+    # at its very end a process has given signals back to the system, whose answer a shell calls 143 too
+    assert time.monotonic() - since < 30 and run.returncode in (143, 0, -signal.SIGTERM), (run.returncode, err)
+    if run.returncode == 143:
         assert re.fullmatch(r"stopped by SIGTERM[^\n]*\n", err), err
+    else:
+        assert STEPS in left() if kind == "train" else left() == expected, err  # nothing was left to do
     done = subprocess.run(
         command, **{k: v for k, v in pipes.items() if k not in ("stdout", "stderr")}, capture_output=True
     )

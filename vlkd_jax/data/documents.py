@@ -106,7 +106,7 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, An
         if missing:
             raise UserError(f"{path}: no column {missing[0]}; it has {', '.join(table.column_names)}")
         rows = table.select(columns).to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
+    except (OSError, ValueError, pyarrow.ArrowException) as e:  # texts that are not UTF-8 among them
         told = " ".join(str(e).split())
         raise UserError(f"{path}: not a Parquet file that can be read ({told}); copy it again") from e
     yield from enumerate(rows, 1)
