@@ -123,7 +123,8 @@ def _hash_inputs(config: ConfigDict, fields: Sequence[str]) -> Hashes:
 def _descriptions(directory: Path) -> list[Path]:
     """What tells of the records in a directory; of one without a description the files themselves."""
     described = [path for name in DESCRIPTIONS if (path := directory / name).is_file()][:1]
-    return described or sorted(path for path in directory.glob("*") if path.name.startswith(TEXT_FILES))
+    texts = (path for path in directory.glob("*") if path.name.startswith(TEXT_FILES) and path.is_file())
+    return described or sorted(texts)
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -1,6 +1,7 @@
 """Fine-tuning: fifty AdamW steps as PyTorch takes them with Hugging Face's models, and what each objective reads."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -264,12 +265,14 @@ def test_the_loss_of_a_student_is_how_unlikely_it_finds_the_text(assets, start, 
 
 @pytest.mark.parametrize("objective", ["answer", "caption"])
 def test_a_student_is_fine_tuned_exported_and_asked(assets, start, asked, tmp_path, objective):
-    config = student_config(assets, start, asked, objective, steps=4, save_every=2, optim__lr=1e-2, loss__denoise=0.3)
-    frozen = {path: path.read_bytes() for path in start.rglob("*") if path.is_file()}
-    train(config, tmp_path / "run")
-    again = student_config(assets, start, asked, objective, steps=6, save_every=2, optim__lr=1e-2, loss__denoise=0.3)
-    state = train(again, tmp_path / "run")
-    assert int(state.step) == 6 and {path: path.read_bytes() for path in frozen} == frozen
+    """And goes on where it was stopped; what it began with may be gone afterwards, and is never changed."""
+    place = shutil.copytree(start, tmp_path / "start")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for steps in (4, 6):
+        changes = {"steps": steps, "save_every": 2, "optim__lr": 1e-2, "loss__denoise": 0.3}
+        state = train(student_config(assets, place, asked, objective, **changes), tmp_path / "run")
+    assert int(state.step) == 6 and {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(place)
     model, before = VLKD.from_run(tmp_path / "run"), VLKD.from_run(tmp_path / "run", at_start=True)
     model.save_pretrained(tmp_path / "hf")
     back, first = VLKD.from_export(tmp_path / "hf"), VLKD.from_export(start)
