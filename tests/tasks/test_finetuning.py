@@ -293,6 +293,21 @@ def test_a_run_that_fine_tunes_a_student_needs_one(assets, asked, tmp_path):
         make_task(student_config(assets, assets / "bart", asked, "answer"))
 
 
+@pytest.mark.parametrize(
+    ("objective", "source", "told"),
+    [
+        ("summarize", "shapes_texts", "no document"),
+        ("answer", "shapes", "no question"),
+        ("classify", "shapes_texts", "no label"),
+        ("caption", "glue", "which has no pictures; set it to shapes or folder or tfds or questions"),
+    ],
+)
+def test_records_of_another_kind_are_refused(assets, start, tmp_path, objective, source, told):
+    config = tiny_config(assets, objective=objective, data__source=source, start=str(start), data__max_unusable=0.0)
+    with pytest.raises(UserError, match=told):
+        train(config, tmp_path)
+
+
 def test_few_examples_are_drawn_once_and_told(assets, folders, tmp_path):
     """As many of each class, the same for the same seed, and nothing else is ever read."""
     config = config_of(assets, folders, "mnli", data__examples=4, steps=6)

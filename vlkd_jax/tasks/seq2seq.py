@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import pixels_of, too_long
 from vlkd_jax.data.sources import Record
 from vlkd_jax.data.text import BartText, ClipText, pad
+from vlkd_jax.errors import RecordError
 from vlkd_jax.hf.load import CLIP_TOKENIZER, load_bart
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.hf.student import load_student, read_student_config
@@ -55,7 +57,8 @@ class Prompted:
       preprocessing, smallest_crop, flip: of pictures, as in `pipeline.Encoder`; None: there are none.
 
     Raises (on a call):
-      RecordError: a text is too long, or a picture does not decode; it names the record.
+      RecordError: a text is too long, a field that a prompt asks for is not there, or a picture does not decode; it
+        names the record.
     """
 
     bart_text: BartText
@@ -71,6 +74,7 @@ class Prompted:
     flip: bool = False
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
+        self._check_fields(record)
         row: dict[str, Any] = {}
         if self.preprocessing:
             row["pixels"] = pixels_of(record, rng, self.preprocessing, self.smallest_crop, self.flip)
@@ -88,6 +92,14 @@ class Prompted:
         row["target_mask"] = row["text_mask"] & (np.arange(self.text_length) >= given)
         return row
 
+    def _check_fields(self, record: Record) -> None:
+        for _, name, _, _ in string.Formatter().parse(self.source + self.prefix):
+            if name and name not in record.fields:
+                told = (
+                    f"{record.name}: no {name}, for which {self.source!r} asks; config.data.source is of another kind"
+                )
+                raise RecordError(f"no {name}", told)
+
     def _written(self, record: Record) -> tuple[list[int], list[int]]:
         """The ids that are given, and those that are to come."""
         prefix = self.bart_text.encode_template(self.prefix, **record.fields)
@@ -99,6 +111,7 @@ class Prompted:
 
     def lengths(self, record: Record) -> dict[str, int]:
         """Tokens of both, before any cut."""
+        self._check_fields(record)
         read = self.bart_text.encode_template(self.source, **record.fields)
         return {"BART": 2 + sum(map(len, self._written(record))), "read": 2 + len(read)}
 
