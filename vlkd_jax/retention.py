@@ -246,7 +246,10 @@ def main(values: SimpleNamespace) -> None:
     for side in SIDES:
         lines = "".join(json.dumps(row) + "\n" for row in rows[side])
         write_atomic(output_directory(output / side) / "rows.jsonl", lines.encode())
+    kinds = {row["task"] for row in rows["before"]}
     figures = compare(rows["before"], rows["after"])
+    if len(kinds) == 1:  # then they carry no name
+        figures = {f"{kind}/{name}": figure for kind in kinds for name, figure in figures.items()}
     settings = {name: value for name, value in vars(values).items() if name not in ("output", "json")}
     result = {"figures": figures, "settings": settings, **circumstances(values.seed)}
     text = json.dumps(result, indent=1)
