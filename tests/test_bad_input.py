@@ -109,7 +109,7 @@ def flag_cases(assets, place):
         "no such name": Case(["--config", "shapes_vlk", "--workdir=x"], ["shapes_vlk:", "--config=shapes_vlkd"]),
         "no name at all": Case(
             ["--config=", "--workdir=x"],
-            ["base, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, shapes_bart", "FILE.py"],
+            ["answer, base, caption, cc3m_vitb16_bartlarge, cc3m_vitl14_bartlarge, folder, glue", "FILE.py"],
         ),
         "no such built-in model": Case(
             arguments(assets, place / "run_builtin", clip="builtin:shapes/klip"),

@@ -370,7 +370,7 @@ def test_the_model_card(student, tmp_path):
     export(student, tmp_path / "HF", run=run, command="vlkd export --checkpoint=x", evaluation=evaluation)
     card = (tmp_path / "HF" / "README.md").read_text()
     assert "| clip | clip | mit |" in card and "| bart | bart | not stated there" in card
-    assert "captions `cc3m.tsv`, 6 steps of 8 pairs, seed 0" in card
+    assert "captions `cc3m.tsv`, 6 steps of 8 records, seed 0" in card
     assert "| vqav2 overall | 0.5000 | 0.4000 to 0.6000 | 100 |" in card and "| shapes vqa overall | 0.5000" in card
     assert "seed 3" in card and "    vlkd export --checkpoint=x" in card
     assert str(tmp_path) not in card and "Not checked yet" in card

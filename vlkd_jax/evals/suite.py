@@ -171,7 +171,7 @@ def _requests(model: VLKD, prompts: list[Prompt], asked: deque[Row], faulty: lis
 def _request(model: VLKD, prompt: Prompt) -> tuple[predict.Request, bool]:
     """A prompt without its picture, and whether it had to be cut."""
     text, fields = model.bart_text, prompt.fields
-    room = model.bart.config.max_position_embeddings - 2
+    room = model.bart.config.max_position_embeddings - 2 if prompt.cut else 0
     source, is_cut = text.encode_prompt(prompt.source, fields, prompt.cut, room)
     prefix = text.encode_template(prompt.prefix, **fields)
     context = text.encode(prompt.context) if prompt.context else []
