@@ -184,17 +184,22 @@ def compare_paths(a: Path, b: Path, files: Files | None) -> dict[str, dict[str, 
         raise UserError(f"{a} or {b}: a row is not as vlkd evaluate wrote it ({told}); evaluate again") from error
 
 
+def figure_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Cells of a table: name, both sides, their difference, its interval (* where 0 is left out), n."""
+    rows = []
+    for name, figure in figures.items():
+        low, high = figure["interval"]
+        cells = (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}")
+        clear = "" if low <= 0 <= high else " *"
+        rows.append((name, *cells, f"[{low:+.4f}, {high:+.4f}]{clear}", f"{figure['n']:,}"))
+    return rows
+
+
 def table(results: dict[str, dict[str, dict[str, Any]]], a: Path, b: Path) -> str:
     """The differences for people."""
     lines = [f"A: {a}", f"B: {b}", ""]
     for suite, figures in results.items():
-        rows = []
-        for name, figure in figures.items():
-            low, high = figure["interval"]
-            cells = (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}")
-            clear = "" if low <= 0 <= high else " *"
-            rows.append((name, *cells, f"[{low:+.4f}, {high:+.4f}]{clear}", f"{figure['n']:,}"))
-        lines += [console.table(rows, (suite, "A", "B", "B - A", "95% of B - A", "n")), ""]
+        lines += [console.table(figure_rows(figures), (suite, "A", "B", "B - A", "95% of B - A", "n")), ""]
     told = f"{RESAMPLES:,} paired resamples by picture; *: 0 is left out"
     return "\n".join([*lines, f"{told}; CIDEr's document frequencies are those of all references"])
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import console, entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.compare import compare
+from vlkd_jax.compare import compare, figure_rows
 from vlkd_jax.config import BUILTIN, HUB, model_directory, with_defaults
 from vlkd_jax.configs import glue, suites, xsum
 from vlkd_jax.console import say
@@ -212,17 +212,6 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close()
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures for people."""
-    rows = []
-    for name, figure in figures.items():
-        low, high = figure["interval"]
-        clear = "" if low <= 0 <= high else " *"
-        cells = (f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}")
-        rows.append((name, *cells, f"[{low:+.4f}, {high:+.4f}]{clear}", f"{figure['n']:,}"))
-    return console.table(rows, ("", *SIDES, "after - before", "95%", "n"))
-
-
 def main(values: SimpleNamespace) -> None:
     """Entry point."""
     tasks = values.tasks.split(",")
@@ -255,7 +244,8 @@ def main(values: SimpleNamespace) -> None:
     text = json.dumps(result, indent=1)
     write_atomic(output / "retention.json", (text + "\n").encode())
     draw(figures, output / "retention.png")
-    tell(text if values.json else f"{table(figures)}\n* 0 is left out\n{output / 'retention.png'}")
+    table = console.table(figure_rows(figures), ("", *SIDES, "after - before", "95%", "n"))
+    tell(text if values.json else f"{table}\n* 0 is left out\n{output / 'retention.png'}")
 
 
 if __name__ == "__main__":

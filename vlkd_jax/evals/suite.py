@@ -70,7 +70,7 @@ Item = Any
 def check_item(name: str, model: VLKD, item: Item) -> None:
     """Raises UserError for a picture that the model does not read, and a prompt that is longer than it has room for."""
     try:
-        if item.open_image is not None:
+        if getattr(item, "open_image", None) is not None:  # a suite's own items need a row alone
             model.needs_pictures()
         if isinstance(item, Prompt):
             new_tokens = 0 if item.candidates else item.decoding.max_new_tokens
