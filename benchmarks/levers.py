@@ -2,8 +2,8 @@
 
     python -m benchmarks.levers [--steps=N] [--seeds=N] [--workdir=DIR] [--output=FILE.json] [--figure=FILE.png]
 
-Short distillations on the built-in world, each with one lever moved and the others off: BART's learning rate, text-only
-denoising beside the pairs, a pull of BART to its start, and an early stop on text-only questions. Each is asked about
+Short distillations on the built-in world: BART's learning rate alone, and at two rates one more lever: texts
+restored beside the pairs, a pull of BART to its start, or an early stop on text-only questions. Each is asked about
 pictures and, without any, about descriptions. The same command goes on where it was cut off: of runs that are done the
 figures stand in FILE.json, others resume from their checkpoints in DIR.
 """
@@ -25,104 +25,138 @@ from ml_collections import ConfigDict
 from benchmarks import timing
 from vlkd_jax.compile_cache import use_cache
 from vlkd_jax.configs import shapes_vlkd, suites
+from vlkd_jax.data.streams import held_out, make_source
+from vlkd_jax.evals.retention import mean_terms, without_dropout
 from vlkd_jax.evaluate import evaluate, read_items
-from vlkd_jax.metrics import read_metrics
 from vlkd_jax.storage import locate, write_atomic
+from vlkd_jax.tasks import make_task
 from vlkd_jax.train import train
+from vlkd_jax.types import Params
 from vlkd_jax.vlkd import VLKD
 
-OFF = {"optim.lr": 3e-4, "loss.denoise": 0.0, "loss.l2": 0.0, "early_stop.max_drop": 0.0}
-"""The demo's learning rate, and every lever off (an early stop of 0 is none here)."""
-VALUES = {
-    "optim.lr": (3e-5, 1e-4, 3e-4, 1e-3),
-    "loss.denoise": (0.1, 0.3, 1.0),
-    "loss.l2": (1e-3, 1e-2, 1e-1),
-    "early_stop.max_drop": (0.003, 0.01),
+OFF = {"loss.denoise": 0.0, "loss.l2": 0.0, "early_stop.max_drop": 0.0}
+"""Every lever off (an early stop of 0 is none here)."""
+RATE = "optim.lr"
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+"""Of BART; 3e-4 is the demo's."""
+CAPTIONS = "captions.txt"
+CAPTION_COUNT = 20_000
+"""Of training scenes, without pictures: what can be replayed where the texts that BART was made of are not there."""
+LEVERS: dict[str, tuple[str, tuple[float, ...], dict[str, str]]] = {
+    "BART's texts replayed, weight": ("loss.denoise", (0.1, 1.0), {}),
+    "captions replayed, weight": ("loss.denoise", (0.1, 1.0), {"data.replay": CAPTIONS}),
+    "pull to the start, weight": ("loss.l2", (1e-2, 1e-1), {}),
+    "early stop, share lost": ("early_stop.max_drop", (0.003, 0.01), {}),
 }
-NAMES = {
-    "optim.lr": "BART's learning rate",
-    "loss.denoise": "replayed texts, weight",
-    "loss.l2": "pull to the start, weight",
-    "early_stop.max_drop": "early stop, share lost",
-}
+"""Name -> field, its values, and what else is set with it."""
+AT_RATES = (3e-4, 1e-3)
+"""At which rates the levers are moved: where little of the text abilities is lost, and where much is."""
+Setting = dict[str, float | str]
 TASKS = ("vqa", "text_qa")
 QUESTIONS = 1050
 """Of each kind, about pictures and about descriptions; the pictures hold kinds of object that no training scene has."""
 
 
-def runs() -> list[tuple[str, float]]:
-    """(lever, its value), the one with every lever off once and first."""
-    off = ("optim.lr", OFF["optim.lr"])
-    others = [(lever, value) for lever, values in VALUES.items() for value in values]
-    return [off, *(run for run in others if run != off)]
+def with_lever(rate: float, name: str, value: float) -> Setting:
+    """What a run with this lever sets."""
+    field, _, others = LEVERS[name]
+    return {RATE: rate, field: value, **others}
 
 
-def name_of(lever: str, value: float) -> str:
+def runs() -> list[tuple[str, Setting]]:
+    """Name of the lever and its value ("none"), and what the run sets."""
+    rates = [("none", {RATE: rate}) for rate in RATES]
+    levers = [(rate, name, value) for rate in AT_RATES for name in LEVERS for value in LEVERS[name][1]]
+    return rates + [(f"{name} {value:g}", with_lever(rate, name, value)) for rate, name, value in levers]
+
+
+def name_of(setting: Setting) -> str:
     """What a run is called in the results, and its folder."""
-    return f"{lever}={value:g}"
+    return ",".join(f"{name}={value}" for name, value in setting.items())
 
 
-def config_of(lever: str, value: float, seed: int, steps: int) -> ConfigDict:
-    """The demo's configuration, shorter, with one lever moved."""
+def config_of(setting: Setting, seed: int, steps: int, workdir: Path) -> ConfigDict:
+    """The demo's configuration, shorter, with what a run sets; captions to replay are written into the workdir."""
     config = shapes_vlkd.get_config()
     config.seed, config.steps, config.save_every, config.keep = seed, steps, steps, 1
-    config.update_from_flattened_dict({**OFF, lever: value})
+    config.update_from_flattened_dict({**OFF, **setting})
     config.eval.every, config.eval.questions = max(steps // 5, 1), 512
-    config.early_stop.metric = "retention/text_qa" if lever == "early_stop.max_drop" else ""
+    config.early_stop.metric = "retention/text_qa" if "early_stop.max_drop" in setting else ""
+    if config.data.replay == CAPTIONS:
+        config.data.replay = str(workdir / f"{seed}_{CAPTIONS}")
+        pairs = make_source(config, "train")
+        texts = "".join(f"{pairs[index].text}\n" for index in range(CAPTION_COUNT))
+        write_atomic(locate(config.data.replay), texts.encode())
     return config
 
 
+def denoise_loss(params: Params | None = None) -> float:
+    """Of held-out texts of the world, the same for every run; of the BART that the runs start from without `params`."""
+    config = shapes_vlkd.get_config()
+    task = make_task(config)
+    terms, texts = without_dropout(task.denoise_terms), held_out(config, task, texts=True)
+    return mean_terms(terms, task.load_params() if params is None else params, {}, texts)["denoise"]
+
+
 def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains and asks: shares of right answers with their intervals, and what training measured at its last step."""
+    """Trains and asks: shares of right answers with their intervals, and the loss of texts to restore."""
     step = int(train(config, workdir).step)
     chosen = suites.get_config("shapes")
     chosen.batch_size = 128
     chosen.shapes.update(
         seed=config.seed, questions=QUESTIONS, text_questions=QUESTIONS, captions=1, retrieval=2, baselines=False
     )
-    ((_, metrics),) = evaluate(chosen, read_items(chosen), VLKD.from_run(workdir), locate(workdir / "asked"))
-    measured = {
-        row["step"]: {name: value for name, value in row.items() if name.startswith(("held_out/", "retention/"))}
-        for row in read_metrics(workdir / "metrics.jsonl")[0]
-        if row["kind"] == "eval"
-    }
+    model = VLKD.from_run(workdir)
+    ((_, metrics),) = evaluate(chosen, read_items(chosen), model, locate(workdir / "asked"))
     asked = {name: {key: metrics[name][key] for key in ("overall", "overall_interval", "n")} for name in TASKS}
-    return {"step": step, **asked, "held_out": measured[step], "at_start": measured[0]}
+    return {"step": step, **asked, "denoise_loss": denoise_loss(model.params)}
 
 
 AXES = {
-    "text-only questions right, %": lambda run, when: 100 * (run["text_qa"]["overall"] if when == "held_out" else 1),
-    "denoising loss of held-out texts, nats a token": lambda run, when: run[when]["retention/denoise_loss"],
+    "text-only questions right, %": lambda run: 100 * run["text_qa"]["overall"],
+    "denoising loss of held-out texts, nats a token": lambda run: run["denoise_loss"],
 }
-"""What has to stay: name -> (a run, "held_out" or "at_start") -> its figure; at the start every question is right."""
+"""What has to stay, and how a run's figure is read."""
+
+
+def curves(result: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """Name of a curve -> value of its lever -> its runs, a seed each; 0 is the lever off."""
+
+    def seeds(setting: Setting) -> list[dict[str, Any]]:
+        return list(result["runs"].get(name_of(setting), {}).values())
+
+    points = {"BART's learning rate": {rate: seeds({RATE: rate}) for rate in RATES}}
+    for name, (_, values, _) in LEVERS.items():
+        for rate in AT_RATES:
+            of_lever = {value: seeds(with_lever(rate, name, value)) for value in values}
+            points[f"{name}, at rate {rate:g}"] = {0.0: seeds({RATE: rate})} | of_lever
+    return {name: {value: some for value, some in curve.items() if some} for name, curve in points.items()}
 
 
 def draw(result: dict[str, Any], figure: Path) -> None:
-    """Text abilities against answers about pictures, one line a lever; each run is a small mark, means are large."""
-    _, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    off = list(result["runs"].get(name_of(*runs()[0]), {}).values())
-    for axis, (label, figure_of) in zip(axes, AXES.items(), strict=True):
-        for lever, name in NAMES.items():
-            points = {value: list(result["runs"].get(name_of(lever, value), {}).values()) for value in VALUES[lever]}
-            points |= {} if lever == runs()[0][0] else {0.0: off}
+    """Text abilities against answers about pictures; each run is a small mark, means are large."""
+    _, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    starts = (100.0, result["denoise_at_start"])  # the built-in BART answers every one of these questions
+    for axis, start, (label, figure_of) in zip(axes, starts, AXES.items(), strict=True):
+        for index, (name, curve) in enumerate(curves(result).items()):
             measured = {
-                value: [(figure_of(run, "held_out"), 100 * run["vqa"]["overall"]) for run in seeds]
-                for value, seeds in points.items()
-                if seeds
+                value: [(figure_of(run), 100 * run["vqa"]["overall"]) for run in seeds]
+                for value, seeds in curve.items()
             }
             means = {value: tuple(map(statistics.mean, zip(*some, strict=True))) for value, some in measured.items()}
-            (line,) = axis.plot(*zip(*sorted(means.values()), strict=True), marker="o", label=name)
+            color = f"C{(index + 1) // 2}"
+            style = {"marker": "o", "color": color, "linestyle": "--" if index and index % 2 == 0 else "-"}
+            axis.plot(*zip(*(means[value] for value in sorted(means)), strict=True), label=name, **style)
             for value, place in means.items():
-                axis.plot(*zip(*measured[value], strict=True), ".", color=line.get_color(), alpha=0.4)
+                axis.plot(*zip(*measured[value], strict=True), ".", color=color, alpha=0.4)
                 if value:
                     axis.annotate(f"{value:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        start = statistics.mean(figure_of(run, "at_start") for run in off)
         axis.axvline(start, color="0.6", linestyle=":", label="before distillation")
         axis.set_xlabel(label)
         axis.grid(color="0.92")
     axes[1].invert_xaxis()  # to the right is better in both
     axes[0].set_ylabel("questions about pictures right, zero-shot, %")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8)
     plt.tight_layout()
     plt.savefig(figure, dpi=110)
 
@@ -134,16 +168,14 @@ def table(result: dict[str, Any]) -> str:
         values = [100 * run[name]["overall"] for run in seeds.values()]
         return f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
-    head = "| lever | value | stopped at | about pictures | text-only | denoising loss, before and after |"
+    start = f"{result['denoise_at_start']:.3f}"
+    head = f"| BART's rate | lever | stopped at | about pictures | text-only | denoising loss, {start} before |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for lever, value in runs():
-        if seeds := result["runs"].get(name_of(lever, value)):
-            losses = [
-                " to ".join(f"{run[when]['retention/denoise_loss']:.3f}" for when in ("at_start", "held_out"))
-                for run in seeds.values()
-            ]
+    for lever, setting in runs():
+        if seeds := result["runs"].get(name_of(setting)):
             steps = ", ".join(str(run["step"]) for run in seeds.values())
-            cells = (NAMES[lever], f"{value:g}", steps, cell(seeds, "vqa"), cell(seeds, "text_qa"), ", ".join(losses))
+            losses = ", ".join(f"{run['denoise_loss']:.3f}" for run in seeds.values())
+            cells = (f"{setting[RATE]:g}", lever, steps, cell(seeds, "vqa"), cell(seeds, "text_qa"), losses)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -164,12 +196,14 @@ def main() -> None:
     result = json.loads(options.output.read_text()) if options.output.is_file() else circumstances | {"runs": {}}
     if result["settings"] != circumstances["settings"]:
         parser.error(f"{options.output}: of other settings, {result['settings']}; give another --output and --workdir")
+    result.setdefault("denoise_at_start", denoise_loss())
     for seed in range(options.seeds):
-        for lever, value in runs():
-            of_run = result["runs"].setdefault(name_of(lever, value), {})
+        for _, setting in runs():
+            of_run, workdir = result["runs"].setdefault(name_of(setting), {}), options.workdir / name_of(setting)
             if str(seed) not in of_run:
-                config = config_of(lever, value, seed, options.steps)
-                of_run[str(seed)] = measure(config, options.workdir / name_of(lever, value) / str(seed))
+                of_run[str(seed)] = measure(
+                    config_of(setting, seed, options.steps, options.workdir), workdir / str(seed)
+                )
                 write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
     print(table(result))
     draw(result, options.figure)
