@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
                 "itcl": 1.0,
                 "icti": 1.0,
                 "denoise": 0.0,  # text-only denoising of data.replay
+                "label_smoothing": 0.0,  # summarize, caption, answer: share of a target that all tokens have alike
                 "l2": 0.0,  # pull of BART's parameters towards their start: half the squared distance
             },
             "optim": {

@@ -1,8 +1,8 @@
 """Fine-tuning BART to summarise: `vlkd train --config=xsum --config.bart=DIR --config.data.directory=xsum`.
 
 The folder has train.jsonl or train.parquet (document, summary), or lines in train.source and train.target, and the
-same of validation. Then `vlkd evaluate --config=suites:xsum --config.root=xsum`. Steps, rate and clipping are those
-that BART's authors give for XSum; their label smoothing is not here.
+same of validation. Then `vlkd evaluate --config=suites:xsum --config.root=xsum`. Steps, rate, clipping and label
+smoothing are those that BART's authors give for XSum.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 256
     config.accumulate = 8
     config.dropout = 0.1
+    config.loss.label_smoothing = 0.1
     config.optim.lr = 3e-5
     config.optim.schedule = "linear"
     config.optim.warmup = 500

@@ -162,6 +162,26 @@ def test_icti(rng, chunk):
     close(ours, ((loss, right), (*slopes, np.zeros(VOCAB))), 1e-6)
 
 
+def test_label_smoothing(rng):
+    """With it the loss is that against targets of which a share lies on all of the vocabulary alike."""
+    hidden, table, bias, targets, mask = token_inputs(rng)
+    inputs = [jnp.asarray(x, jnp.float32) for x in (hidden, table)]
+
+    def plain(hidden, table):
+        shares = 0.9 * jax.nn.one_hot(targets, VOCAB) + 0.1 / VOCAB
+        return -jnp.sum(jax.nn.log_softmax(hidden @ table.T + bias) * shares * mask[..., None])
+
+    def ours(hidden, table):
+        parts = [loss(hidden, table, bias, targets, mask) for loss in (losses.icti, losses.label_smoothing)]
+        (loss, _), (excess, count) = parts[0][0], parts[1]
+        assert excess.dtype == jnp.float32
+        return loss + 0.1 * excess, count
+
+    (loss, count), slopes = jax.value_and_grad(ours, (0, 1), has_aux=True)(*inputs)
+    close((loss, slopes), jax.value_and_grad(plain, (0, 1))(*inputs), 1e-6)
+    assert count == mask.sum()
+
+
 def test_icti_in_bfloat16_rounds_its_inputs_alone(rng):
     """Sums are float32, also of the table's gradient, and the part of it that each chunk gives."""
     hidden, table, bias, targets, mask = token_inputs(rng, rows=32)

@@ -392,6 +392,7 @@ def test_held_out_figures(assets, tmp_path):
         ({"dropout": -0.1}, "config.dropout is -0.1"),
         ({"loss__itcl": -1.0}, "config.loss.itcl is -1.0"),
         ({"loss__l2": float("inf")}, "config.loss.l2 is inf"),
+        ({"loss__label_smoothing": 1.0}, "config.loss.label_smoothing is 1.0; it must lie in [0, 1)"),
         ({"optim__lr": -1e-4}, "config.optim.lr is -0.0001"),
         ({"optim__lr_linears": float("nan")}, "config.optim.lr_linears is nan"),
         ({"optim__warmup": -1}, "config.optim.warmup is -1"),

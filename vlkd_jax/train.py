@@ -80,7 +80,7 @@ BOUNDS = {
     "early_stop.max_drop": "[0, inf)",
     **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
     **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete", "data.max_unusable"), "[0, 1]"),
-    **dict.fromkeys(("dropout", "optim.b1", "optim.b2"), "[0, 1)"),
+    **dict.fromkeys(("dropout", "loss.label_smoothing", "optim.b1", "optim.b2"), "[0, 1)"),
     **{
         "optim.clip_norm": "[0, inf)",
         "optim.eps": "(0, inf)",

@@ -86,7 +86,7 @@ def our_losses(config, task, params):
     return np.array(losses), batches
 
 
-def torch_losses(config, task, model, params, names, inputs):
+def torch_losses(config, task, model, params, names, inputs, loss_of=lambda output, values: output.loss):
     """The same of a torch model; `names`: Hugging Face name -> path in our tree, which says how it is trained."""
     import torch
 
@@ -111,7 +111,8 @@ def torch_losses(config, task, model, params, names, inputs):
         for group, (kind, _) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = float(rates[kind](step))
         optimizer.zero_grad()
-        loss = model(**{name: torch.tensor(np.asarray(value)) for name, value in values.items()}).loss
+        values = {name: torch.tensor(np.asarray(value)) for name, value in values.items()}
+        loss = loss_of(model(**values), values)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         optimizer.step()
@@ -151,10 +152,12 @@ def test_fifty_steps_of_a_classifier_are_pytorchs(assets, folders, tmp_path, kin
 
 
 @pytest.mark.parity
-def test_fifty_steps_of_summaries_are_pytorchs(assets, folders):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_fifty_steps_of_summaries_are_pytorchs(assets, folders, smoothing):
     from transformers import BartForConditionalGeneration
+    from transformers.trainer_pt_utils import LabelSmoother
 
-    config = config_of(assets, folders, "documents")
+    config = config_of(assets, folders, "documents", loss__label_smoothing=smoothing)
     task = make_task(config)
     params = jax.device_get(task.load_params())
     model = BartForConditionalGeneration.from_pretrained(assets / "bart", dropout=0.0).train()
@@ -167,7 +170,8 @@ def test_fifty_steps_of_summaries_are_pytorchs(assets, folders):
         }
         for batch in batches
     ]
-    theirs = torch_losses(config, task, model, params, paths_of(task), inputs)
+    smoothed = {"loss_of": lambda output, values: LabelSmoother(smoothing)(output, values["labels"])}
+    theirs = torch_losses(config, task, model, params, paths_of(task), inputs, **smoothed if smoothing else {})
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
     assert ours[-5:].mean() < 0.9 * ours[:5].mean()
 
@@ -294,6 +298,23 @@ def test_a_run_that_fine_tunes_a_student_needs_one(assets, asked, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        (
+            "mnli",
+            {"loss__label_smoothing": 0.1},
+            "config.loss.label_smoothing is 0.1, a loss that classify does not have",
+        ),
+        ("mnli", {"loss__denoise": 0.3}, "config.loss.denoise is 0.3, a loss that classify does not have"),
+        ("documents", {"loss__l2": 1e-3}, "config.loss.l2 is 0.001, a loss that summarize does not have; set it to 0"),
+    ],
+)
+def test_a_loss_that_an_objective_does_not_have_is_refused(assets, folders, kind, changes, told):
+    with pytest.raises(UserError, match=told):
+        make_task(config_of(assets, folders, kind, **changes))
+
+
+@pytest.mark.parametrize(
     ("objective", "source", "told"),
     [
         ("summarize", "shapes_texts", "no document"),
@@ -327,9 +348,10 @@ def test_few_examples_are_drawn_once_and_told(assets, folders, tmp_path):
         train_sources(config_of(assets, folders, "mnli", data__examples=40), task)
 
 
-def test_eight_devices_fine_tune_as_one(assets, folders):
-    """A classifier whose parameters are split: the head is whole on every device."""
-    config = config_of(assets, folders, "mnli", steps=5)
+@pytest.mark.parametrize(("kind", "smoothing"), [("mnli", 0.0), ("documents", 0.1)])
+def test_eight_devices_fine_tune_as_one(assets, folders, kind, smoothing):
+    """Parameters are split; a classifier's head is whole on every device."""
+    config = config_of(assets, folders, kind, steps=5, loss__label_smoothing=smoothing)
     task = make_task(config)
     params = jax.device_get(task.load_params())
     one, _ = our_losses(config, task, params)

@@ -59,6 +59,10 @@ class Distillation:
     pull: bool
 
 
+LOSSES = ("ttdm", "itcl", "icti", "denoise", "l2")
+"""Of `config.loss`."""
+
+
 def make_task(config: ConfigDict) -> Task:
     """The student, trained on image-caption pairs. Raises UserError: see `vlkd_jax.tasks.make_task`."""
     clip_config, clip_text = read_clip(config)
@@ -85,7 +89,8 @@ def task_of(
       UserError: an option of `config` that there is not, or no loss.
     """
     distillation = _distillation(config, clip_config, bart_config)
-    if not any(config.loss.values()):
+    weights = {name: config.loss[name] for name in LOSSES if config.loss[name]}
+    if not weights:
         raise UserError("every weight in config.loss is 0; give at least one of them a weight")
     abstract = {"clip": parameter_shapes(clip_config)}
     abstract |= {"start": parameter_shapes(bart_config)} if distillation.pull else {}
@@ -96,7 +101,7 @@ def task_of(
         configs={"clip": clip_config, "bart": bart_config},
         encoder=encoder,
         terms=functools.partial(distill_terms, distillation),
-        weights={name: weight for name, weight in config.loss.to_dict().items() if weight},
+        weights=weights,
         read_params=functools.partial(_read_params, config, distillation.student),
         read_frozen=functools.partial(_read_frozen, config, distillation.pull),
         abstract_frozen=abstract,

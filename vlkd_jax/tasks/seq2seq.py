@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vlkd_jax import losses
 from vlkd_jax.config import model_directory
 from vlkd_jax.data.pipeline import pixels_of, too_long
 from vlkd_jax.data.sources import Record
@@ -25,7 +26,7 @@ from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import Preprocessing
 from vlkd_jax.models.vlkd import Student
-from vlkd_jax.tasks.denoise import bart_terms, dropout_rngs, read_texts, restoring_terms, target_losses
+from vlkd_jax.tasks.denoise import bart_terms, dropout_rngs, read_texts, restoring_terms, target_states
 from vlkd_jax.tasks.distill import encode_pixels, select_tokens, student_denoise_terms
 from vlkd_jax.tasks.parents import (
     DTYPES,
@@ -182,14 +183,15 @@ def _written(
 ) -> dict[str, Any]:
     """The fields of a `Task` that all of them share."""
     check_lengths(config, positions)
-    data = config.data
+    data, loss = config.data, config.loss
+    others = {name: loss[name] for name in ("denoise", "label_smoothing") if loss[name]}
     replay_encoder = text_encoder(config, text, positions, context_length=data.context_length)
     return {
         "encoder": Prompted(
             text, text_length=data.text_length, source_length=data.source_length, truncate=data.truncate, **prompts
         ),
-        "terms": functools.partial(written_terms, module, **terms),
-        "weights": {"lm": 1.0} | ({"denoise": config.loss.denoise} if config.loss.denoise else {}),
+        "terms": functools.partial(written_terms, module, smooth="label_smoothing" in others, **terms),
+        "weights": {"lm": 1.0} | others,
         "replay_encoder": dataclasses.replace(replay_encoder, source_length=data.replay_length),
         "mixes_replay": bool(config.loss.denoise),
     }
@@ -203,11 +205,13 @@ def written_terms(
     rng: Rng,
     teacher: Clip | None = None,
     image_tokens: str = "",
+    smooth: bool = False,
 ) -> Terms:
     """`lm`, the cross-entropy of the text behind its prefix, and `token_accuracy`; with texts beside it `denoise`.
 
     Args:
       teacher, image_tokens: of a student, which reads pictures: see `distill.select_tokens`.
+      smooth: with `losses.label_smoothing`, under that name.
     """
     tokens = (
         None if teacher is None else select_tokens(encode_pixels(teacher, frozen["clip"], batch.pixels), image_tokens)
@@ -221,7 +225,10 @@ def written_terms(
         memory = states, batch.source_mask
         if tokens is not None:
             memory = module.memory(module.image_prefix(tokens), *memory)
-        terms = dict(zip(("lm", "token_accuracy"), target_losses(bart, batch, memory, rng), strict=True))
+        scored = target_states(bart, batch, memory, rng)
+        terms = dict(zip(("lm", "token_accuracy"), losses.icti(*scored), strict=True))
+        if smooth:
+            terms["label_smoothing"] = losses.label_smoothing(*scored)
         if batch.replay is not None:
             terms["denoise"] = restoring_terms(bart, batch.replay, replayed, rng)["denoise"]
         return terms
