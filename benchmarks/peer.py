@@ -18,7 +18,7 @@ from transformers import BartForConditionalGeneration, CLIPModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlkd_jax.decoding import Decoding
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.optim import MAX_LOGIT_SCALE
 
 Tensors = dict[str, torch.Tensor]

@@ -35,7 +35,7 @@ from vlkd_jax.data.pipeline import Encoder, batches
 from vlkd_jax.data.prepare import Options, prepare
 from vlkd_jax.data.records import RecordPairs
 from vlkd_jax.data.text import BartText, ClipText, infill
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 
 BATCH, LENGTH, SEED = 64, 64, 0
 WANTED = 1_200

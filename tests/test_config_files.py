@@ -11,13 +11,13 @@ from absl import flags
 from ml_collections import config_flags
 from tiny import ROOT, command_line, make_assets
 
+from vlkd_jax.checks import check_config
 from vlkd_jax.configs import base
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import random as random_models
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.names import parameter_shapes
-from vlkd_jax.train import check_config
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("suites", "__init__"))
 

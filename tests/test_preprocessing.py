@@ -14,9 +14,10 @@ from vlkd_jax import decoding, losses, predict, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import files_read, load_clip, read_clip_config
+from vlkd_jax.hf.files import files_read
+from vlkd_jax.hf.load import load_clip, read_clip_config
 from vlkd_jax.hf.save import save_clip
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.sharding import one_device
 from vlkd_jax.tasks import make_task
 from vlkd_jax.tasks.distill import teacher_outputs

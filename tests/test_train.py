@@ -21,11 +21,12 @@ from tiny import ROOT, arguments, environment, tiny_config
 
 from vlkd_jax import entry
 from vlkd_jax import train as module
+from vlkd_jax.checks import check_config
 from vlkd_jax.errors import UserError
 from vlkd_jax.optim import schedule
 from vlkd_jax.shapes.sources import ShapesPairs
 from vlkd_jax.tasks import make_task
-from vlkd_jax.train import STOPPED, NanGuard, check_config, train
+from vlkd_jax.train import STOPPED, NanGuard, train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,8 +24,8 @@ from vlkd_jax import compression, processes, sharding
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import aside, progress, say
 from vlkd_jax.data.builder import locked
+from vlkd_jax.data.files import read_json
 from vlkd_jax.data.pipeline import Encoder, read_ahead
-from vlkd_jax.data.sources import read_json
 from vlkd_jax.data.streams import cache_key, make_source
 from vlkd_jax.data.teacher_cache import AGAIN, FAULTS, MANIFEST, PLAN, differences, pack, row_type
 from vlkd_jax.errors import RecordError, UserError

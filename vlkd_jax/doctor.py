@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
 from vlkd_jax import cluster, entry, processes, sharding
+from vlkd_jax.checks import check_batch_size, check_config
 from vlkd_jax.commands import COMMANDS, PROCESSES
 from vlkd_jax.compile_cache import use_cache
 from vlkd_jax.console import say
@@ -28,7 +29,7 @@ from vlkd_jax.errors import UserError, few
 from vlkd_jax.optim import make_optimizer
 from vlkd_jax.plan import LOCAL, plan, planned_task
 from vlkd_jax.storage import is_remote
-from vlkd_jax.train import abstract_state, check_batch_size, check_config
+from vlkd_jax.train import abstract_state
 
 GIB = 2**30
 OK, NOTE, FAULT = "ok", "note", "FAULT"

@@ -29,7 +29,8 @@ from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import BUILTIN, HUB, model_directory
 from vlkd_jax.console import say
 from vlkd_jax.data.builder import MANIFEST as RECORDS_MANIFEST
-from vlkd_jax.data.sources import counted, read_json
+from vlkd_jax.data.files import read_json
+from vlkd_jax.data.sources import counted
 from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, place

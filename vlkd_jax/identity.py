@@ -20,8 +20,8 @@ from vlkd_jax import processes
 from vlkd_jax.config import BUILTIN, HUB, model_directory, record_directories
 from vlkd_jax.console import say
 from vlkd_jax.errors import UserError
+from vlkd_jax.hf.files import CONFIG, files_read
 from vlkd_jax.hf.hub import pinned
-from vlkd_jax.hf.load import CONFIG, files_read
 from vlkd_jax.manifest import file_sha256
 from vlkd_jax.storage import is_remote, locate, unusable, write_atomic
 

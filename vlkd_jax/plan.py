@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlkd_jax import console, entry, sharding
+from vlkd_jax.checks import check_batch_size, check_config
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import model_directory
 from vlkd_jax.console import say
@@ -35,7 +36,7 @@ from vlkd_jax.runtime import tell
 from vlkd_jax.step import make_train_step
 from vlkd_jax.tasks.distill import task_of
 from vlkd_jax.tasks.task import Task
-from vlkd_jax.train import abstract_state, check_batch_size, check_config
+from vlkd_jax.train import abstract_state
 from vlkd_jax.types import Batch
 
 CC3M = 3_318_333

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals import plots
 from vlkd_jax.evals.markup import STYLE, escaped, picture_uri, said, table

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vlkd_jax import sharding
 from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.config import with_defaults
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.identity import MODELS, check_inputs, hash_inputs, kept_model
 from vlkd_jax.manifest import CHECKPOINTS

@@ -13,7 +13,7 @@ from typing import Any
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import say
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.evals.predictions import FIELDS, read_predictions
 from vlkd_jax.evals.scoring import KINDS

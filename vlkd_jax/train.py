@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 
 from vlkd_jax import entry, processes, runtime, sharding, whitening
 from vlkd_jax.checkpoint import Checkpoints, check_directory
+from vlkd_jax.checks import check_batch_size, check_config
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import CONFIG_VERSION
 from vlkd_jax.configs import base
@@ -33,11 +33,9 @@ from vlkd_jax.data.few_shot import record_examples
 from vlkd_jax.data.pipeline import UnusableRecords
 from vlkd_jax.data.streams import cache_key, text_lengths, train_sources, train_stream
 from vlkd_jax.data.teacher_cache import CachedPairs
-from vlkd_jax.data.text import PROMPT_FIELDS, check_template
-from vlkd_jax.errors import UserError
+from vlkd_jax.data.text import PROMPT_FIELDS
 from vlkd_jax.evals.heldout import EarlyStop, HeldOut
 from vlkd_jax.identity import (
-    KEEP,
     MODELS,
     Hashes,
     check_inputs,
@@ -65,30 +63,6 @@ MAY_CHANGE = (
     *(f"data.{name}" for name in ("captions", "images", "directory", "teacher_cache", "questions", "annotations")),
 )
 """Config fields that may differ when a run is resumed; data.replay too, where it names a file."""
-BOUNDS = {
-    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "nan_limit"), "[1, inf)"),
-    **dict.fromkeys(("seed", "watchdog_seconds", "data.threads", "data.workers"), "[0, inf)"),
-    **dict.fromkeys(("data.context_length", "data.examples", "eval.every", "eval.questions"), "[0, inf)"),
-    **{
-        "data.twins": "[1, inf)",
-        "eval.batches": "[1, inf)",
-        "data.validation_every": "[2, inf)",
-        "student.whiten": "[0, inf)",
-    },
-    **dict.fromkeys(("data.text_length", "data.source_length", "data.replay_length"), "[3, inf)"),
-    **dict.fromkeys(("loss.ttdm", "loss.itcl", "loss.icti", "loss.denoise", "loss.l2"), "[0, inf)"),
-    "early_stop.max_drop": "[0, inf)",
-    **dict.fromkeys(("optim.lr", "optim.lr_linears", "optim.warmup", "optim.weight_decay"), "[0, inf)"),
-    **dict.fromkeys(("corruption.ratio", "corruption.mask_all", "data.complete", "data.max_unusable"), "[0, 1]"),
-    **dict.fromkeys(("dropout", "loss.label_smoothing", "optim.b1", "optim.b2"), "[0, 1)"),
-    **{
-        "optim.clip_norm": "[0, inf)",
-        "optim.eps": "(0, inf)",
-        "data.smallest_crop": "(0, 1]",
-        "corruption.poisson": "(0, inf)",
-    },
-}
-"""The interval in which the value of a config field must lie."""
 TOLD = ("updates", "skipped_in_row", "asked")
 """Metrics of a step that the loop itself reads, and no log line."""
 STOPPED = "stopped.json"
@@ -152,38 +126,6 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 spent=spent,
             )
             return loop.run(state, make_train_step(task, optimizer, config.dropout, config.seed, config.accumulate))
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError for fields that are missing and for values that no run can use, naming the field."""
-    missing = [name for name in base.get_config() if name not in config]
-    if missing:
-        raise UserError(f"--config has no field {', '.join(missing)}; start from a config for training, such as folder")
-    for field, interval in BOUNDS.items():
-        value = functools.reduce(operator.getitem, field.split("."), config)
-        low, high = map(float, interval[1:-1].split(","))
-        above = low < value or (low == value and interval[0] == "[")
-        below = value < high or (value == high and interval[-1] == "]")
-        if not (above and below):  # nor is what is no number
-            raise UserError(f"config.{field} is {value}; it must lie in {interval}")
-    if config.early_stop.metric and not config.eval.every:
-        raise UserError("config.early_stop.metric needs evaluations; set config.eval.every to a number of steps")
-    if config.optim.schedule not in ("constant", "linear", "cosine"):
-        raise UserError(f"config.optim.schedule is {config.optim.schedule!r}; it is one of constant, linear, cosine")
-    if config.keep_teacher not in KEEP:
-        raise UserError(f"config.keep_teacher is {config.keep_teacher!r}; it is one of {', '.join(KEEP)}")
-    for name, filled in PROMPT_FIELDS.items():
-        check_template(f"config.prompts.{name}", config.prompts[name], filled)
-
-
-def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError when a batch cannot be split over the devices and the parts of an accumulated step."""
-    parts = sharding.row_shards(mesh) * config.accumulate
-    if config.batch_size % parts:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}; it must be a multiple of {parts}, the product of mesh.data "
-            f"{mesh.shape['data']}, mesh.fsdp {mesh.shape['fsdp']} and accumulate {config.accumulate}"
-        )
 
 
 def _tell_changed_schedule(config: ConfigDict, before: int, step: int) -> None:

@@ -24,7 +24,7 @@ from vlkd_jax.data.images import resize_and_crop
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.decoding import Decoding, DecodingOptions
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import CLIP_TOKENIZER
+from vlkd_jax.hf.files import CLIP_TOKENIZER
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.hf.student import is_student, load_student, read_prompts, read_student_config
 from vlkd_jax.identity import (
@@ -38,7 +38,8 @@ from vlkd_jax.manifest import CHECKPOINTS
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.classifier import Classifier, ClassifierConfig
 from vlkd_jax.models.clip import Clip
-from vlkd_jax.models.configs import BartConfig, ClipConfig, Preprocessing
+from vlkd_jax.models.configs import BartConfig, ClipConfig
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.models.vlkd import Student, StudentConfig
 from vlkd_jax.predict import Scored
 from vlkd_jax.sharding import one_device

@@ -14,7 +14,7 @@ from vlkd_jax.data import images
 from vlkd_jax.data.images import check_header, open_image, resize_and_crop
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.clip import normalize_pixels
-from vlkd_jax.models.configs import RESAMPLES, Preprocessing
+from vlkd_jax.models.preprocessing import RESAMPLES, Preprocessing
 
 SIZES = [
     (224, 224),

@@ -17,7 +17,8 @@ from vlkd_jax.data.sources import Record, Subset, TextLines
 from vlkd_jax.data.streams import held_out, make_source, make_text_source, train_stream
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.models.configs import ClipTextConfig, Preprocessing
+from vlkd_jax.models.configs import ClipTextConfig
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.shapes.world import SPLITS

@@ -10,7 +10,7 @@ from PIL import Image
 from vlkd_jax.data.pipeline import Encoder, batches
 from vlkd_jax.data.sources import FolderPairs, Subset, TextLines
 from vlkd_jax.data.text import BartText
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts
 from vlkd_jax.shapes.suite import scene_match

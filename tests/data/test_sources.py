@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from vlkd_jax.console import say
-from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines, read_json
+from vlkd_jax.data.files import read_json
+from vlkd_jax.data.sources import CaptionTexts, FolderPairs, Subset, TextLines
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.shapes import world
 from vlkd_jax.shapes.sources import ShapesPairs, ShapesTexts

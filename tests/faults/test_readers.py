@@ -43,7 +43,7 @@ from vlkd_jax.hf.convert import convert
 from vlkd_jax.hf.load import load_bart, load_clip
 from vlkd_jax.hf.student import load_student, read_prompts, read_student_config
 from vlkd_jax.identity import INPUTS_FILE, check_inputs
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.report import write_report
 from vlkd_jax.runs import run_config
 from vlkd_jax.types import TeacherOutputs

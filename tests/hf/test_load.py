@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.convert import convert
-from vlkd_jax.hf.load import files_read, load_bart, load_clip
+from vlkd_jax.hf.files import files_read
+from vlkd_jax.hf.load import load_bart, load_clip
 
 EMBEDDING = "model.shared.weight"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+import safetensors
 import torch
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -42,7 +43,7 @@ def directory(request, kind):
 @pytest.fixture
 def reads(monkeypatch):
     """[(tensor, bytes)] of everything that is read of safetensors files from now on."""
-    reads, safe_open = [], load_module.safetensors.safe_open
+    reads, safe_open = [], safetensors.safe_open
 
     class Slice:
         def __init__(self, name, whole):
@@ -61,7 +62,7 @@ def reads(monkeypatch):
         def get_slice(self, name):
             return Slice(name, self.handle.get_slice(name))
 
-    monkeypatch.setattr(load_module.safetensors, "safe_open", Handle)
+    monkeypatch.setattr(safetensors, "safe_open", Handle)
     return reads
 
 

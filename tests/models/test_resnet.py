@@ -18,8 +18,9 @@ from vlkd_jax.data.text import ClipText
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import names, parity
 from vlkd_jax.hf.export import export
+from vlkd_jax.hf.files import files_read
 from vlkd_jax.hf.import_ import import_export
-from vlkd_jax.hf.load import files_read, load_clip, read_clip_config
+from vlkd_jax.hf.load import load_clip, read_clip_config
 from vlkd_jax.hf.save import copy_tokenizer, save_clip
 from vlkd_jax.models.clip import Clip
 from vlkd_jax.models.configs import ClipConfig

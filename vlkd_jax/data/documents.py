@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlkd_jax.data.sources import Record, read_text
+from vlkd_jax.data.files import read_text
+from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import UserError
 
 FIELDS = ("document", "summary")

@@ -10,7 +10,8 @@ import dataclasses
 import math
 from pathlib import Path
 
-from vlkd_jax.data.sources import Record, read_text
+from vlkd_jax.data.files import read_text
+from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import UserError
 
 TRAIN = "train"

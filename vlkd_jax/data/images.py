@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlkd_jax.errors import RecordError
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused before they are decoded."""

@@ -298,7 +298,7 @@ def _read_row_group(part: Part, columns: Columns) -> Iterator[Sample | RecordErr
 
 
 def _split_coco(path: Path, columns: Columns, rows: int) -> list[Part]:
-    from vlkd_jax.data.sources import coco_pairs
+    from vlkd_jax.data.files import coco_pairs
 
     pairs = coco_pairs(path)
     plain = [(pair.reason, str(pair), None) if isinstance(pair, RecordError) else pair for pair in pairs]

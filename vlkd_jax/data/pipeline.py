@@ -18,7 +18,7 @@ from vlkd_jax.data.images import open_image, random_resized_crop, resize_and_cro
 from vlkd_jax.data.sources import Record, counted
 from vlkd_jax.data.text import BartText, ClipText, infill, pad
 from vlkd_jax.errors import RecordError, UserError
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.types import Batch
 
 TRIES = 100

@@ -16,7 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlkd_jax.data.sources import Record, read_json
+from vlkd_jax.data.files import read_json
+from vlkd_jax.data.sources import Record
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.types import Quantized, TeacherOutputs
 

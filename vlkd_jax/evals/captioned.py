@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.sources import FolderPairs, image_files, raise_if_too_many, read_json
+from vlkd_jax.data.files import image_files, read_json
+from vlkd_jax.data.sources import FolderPairs, raise_if_too_many
 from vlkd_jax.errors import RecordError, UserError, few
 from vlkd_jax.evals.files import NONE, check_pictures, check_places, place
 

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlkd_jax import predict
+from vlkd_jax.data.files import read_json, read_text
 from vlkd_jax.data.images import open_image
-from vlkd_jax.data.sources import read_json, read_text
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.captioned import PICTURES
 from vlkd_jax.evals.files import NONE, check_choice, check_pictures, check_places, filled, if_unusable, place

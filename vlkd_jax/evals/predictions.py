@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlkd_jax.data.sources import read_json, read_text
+from vlkd_jax.data.files import read_json, read_text
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.suite import MISS, Row
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vlkd_jax.data.builder import MANIFEST
+from vlkd_jax.data.files import read_json
 from vlkd_jax.data.images import open_image
 from vlkd_jax.data.records import RecordPairs
-from vlkd_jax.data.sources import read_json
 from vlkd_jax.errors import RecordError, UserError
 from vlkd_jax.evals.captioned import CaptionedImage, read_captioned
 from vlkd_jax.evals.files import NONE, place

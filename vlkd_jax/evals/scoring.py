@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import UserError, few
 from vlkd_jax.evals import caption_suite, summary_suite, vqa_suite
 from vlkd_jax.evals.captioned import read_references

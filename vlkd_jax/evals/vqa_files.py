@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import UserError
 
 ANSWER_FIELDS = ("answer", "raw_answer")

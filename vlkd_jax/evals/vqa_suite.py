@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlkd_jax.data.sources import TextLines, read_json
+from vlkd_jax.data.files import read_json
+from vlkd_jax.data.sources import TextLines
 from vlkd_jax.errors import UserError
 from vlkd_jax.evals.files import NONE, check_choice, check_places, if_unusable, place
 from vlkd_jax.evals.prepared import asked

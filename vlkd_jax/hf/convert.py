@@ -16,7 +16,7 @@ from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import say
 from vlkd_jax.errors import UserError, few
-from vlkd_jax.hf.load import CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER_FILES, WEIGHTS, pickled_files
+from vlkd_jax.hf.files import CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER_FILES, WEIGHTS, pickled_files
 from vlkd_jax.hf.save import replace
 from vlkd_jax.workdir import output_directory
 

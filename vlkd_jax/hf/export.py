@@ -18,10 +18,10 @@ import jax
 from vlkd_jax import entry
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.console import say
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.hf.card import model_card, text_card
-from vlkd_jax.hf.load import CLIP_TOKENIZER, PROCESSOR
+from vlkd_jax.hf.files import CLIP_TOKENIZER, PROCESSOR
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_classifier, write_json
 from vlkd_jax.hf.student import MODELING, processor_values, save_student
 from vlkd_jax.runs import run_config

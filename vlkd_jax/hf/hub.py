@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlkd_jax.config import HUB
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import (
+from vlkd_jax.hf.files import (
     CONFIG,
     GENERATION,
     INDEX,

@@ -20,10 +20,10 @@ from vlkd_jax.checkpoint import Checkpoints
 from vlkd_jax.commands import COMMANDS
 from vlkd_jax.config import with_defaults
 from vlkd_jax.console import say
-from vlkd_jax.data.sources import read_json
+from vlkd_jax.data.files import read_json
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf.export import RUN
-from vlkd_jax.hf.load import CLIP_TOKENIZER
+from vlkd_jax.hf.files import CLIP_TOKENIZER
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.hf.student import load_student, read_student_config
 from vlkd_jax.identity import MODELS, PARENTS, hash_inputs, record_inputs

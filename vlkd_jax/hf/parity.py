@@ -29,7 +29,7 @@ from vlkd_jax.errors import UserError
 from vlkd_jax.evaluate import circumstances
 from vlkd_jax.hf import names
 from vlkd_jax.hf.card import with_parity
-from vlkd_jax.hf.load import CONFIG
+from vlkd_jax.hf.files import CONFIG
 from vlkd_jax.hf.save import write_json
 from vlkd_jax.hf.student import MODELING, is_student
 from vlkd_jax.losses import finish

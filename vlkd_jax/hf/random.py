@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vlkd_jax.console import say
 from vlkd_jax.data.text import BartText, ClipText
 from vlkd_jax.errors import UserError
-from vlkd_jax.hf.load import WEIGHTS
+from vlkd_jax.hf.files import WEIGHTS
 from vlkd_jax.hf.save import copy_tokenizer, save_bart, save_clip
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip

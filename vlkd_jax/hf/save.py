@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from vlkd_jax.hf import names
-from vlkd_jax.hf.load import CONFIG, GENERATION, PREPROCESSOR, TOKENIZER_FILES, WEIGHTS
+from vlkd_jax.hf.files import CONFIG, GENERATION, PREPROCESSOR, TOKENIZER_FILES, WEIGHTS
 from vlkd_jax.models.classifier import ClassifierConfig
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 

@@ -13,7 +13,8 @@ import numpy as np
 from vlkd_jax.data.text import PROMPT_FIELDS, check_template
 from vlkd_jax.errors import UserError
 from vlkd_jax.hf import names
-from vlkd_jax.hf.load import CONFIG, INDEX, PROCESSOR, WEIGHTS, assemble, read_json, read_preprocessing
+from vlkd_jax.hf.files import CONFIG, INDEX, PROCESSOR, WEIGHTS, read_json
+from vlkd_jax.hf.load import assemble, read_preprocessing
 from vlkd_jax.hf.save import DTYPES, generation_values, write_json, write_tensors
 from vlkd_jax.models.configs import BartConfig, ClipConfig
 from vlkd_jax.models.vlkd import HIDDEN, StudentConfig

@@ -10,8 +10,9 @@ import numpy as np
 
 from vlkd_jax.errors import UserError
 from vlkd_jax.models.attention import Attention, causal_mask
-from vlkd_jax.models.configs import ClipConfig, ClipResNetConfig, ClipTextConfig, ClipVisionConfig, Preprocessing
+from vlkd_jax.models.configs import ClipConfig, ClipResNetConfig, ClipTextConfig, ClipVisionConfig
 from vlkd_jax.models.layers import ACTIVATION_FUNCTIONS, Dense, embed_ids, l2_normalize, layer_norm, remat
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.models.resnet import ClipResNet
 from vlkd_jax.sharding import BATCH, constrain
 from vlkd_jax.types import Array, ArrayLike, Bool, DTypeLike, Float, Float32, Int, UInt8

@@ -19,12 +19,13 @@ from vlkd_jax.data.pipeline import pixels_of, too_long
 from vlkd_jax.data.sources import Record
 from vlkd_jax.data.text import BartText, ClipText, pad
 from vlkd_jax.errors import RecordError
-from vlkd_jax.hf.load import CLIP_TOKENIZER, load_bart
+from vlkd_jax.hf.files import CLIP_TOKENIZER
+from vlkd_jax.hf.load import load_bart
 from vlkd_jax.hf.names import parameter_shapes
 from vlkd_jax.hf.student import load_student, read_student_config
 from vlkd_jax.models.bart import Bart
 from vlkd_jax.models.clip import Clip
-from vlkd_jax.models.configs import Preprocessing
+from vlkd_jax.models.preprocessing import Preprocessing
 from vlkd_jax.models.vlkd import Student
 from vlkd_jax.tasks.denoise import bart_terms, dropout_rngs, read_texts, restoring_terms, target_states
 from vlkd_jax.tasks.distill import encode_pixels, select_tokens, student_denoise_terms
