@@ -193,10 +193,13 @@ def main() -> None:
     circumstances = timing.circumstances(options)
     for name in ("workdir", "figure"):
         circumstances["settings"].pop(name)
-    result = json.loads(options.output.read_text()) if options.output.is_file() else circumstances | {"runs": {}}
+    if options.output.is_file():
+        result = json.loads(options.output.read_text())
+    else:
+        result = circumstances | {"denoise_at_start": denoise_loss(), "runs": {}}
     if result["settings"] != circumstances["settings"]:
         parser.error(f"{options.output}: of other settings, {result['settings']}; give another --output and --workdir")
-    result.setdefault("denoise_at_start", denoise_loss())
+    options.workdir.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seeds):
         for _, setting in runs():
             of_run, workdir = result["runs"].setdefault(name_of(setting), {}), options.workdir / name_of(setting)

@@ -1,11 +1,13 @@
 """The benchmarks compare like with like: the torch peer has our losses and our answers; arithmetic is counted right."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import timing
+from benchmarks import levers, timing
 from benchmarks.workload import OPTIMIZER, Workload, answer, image_memory
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.hf.save import save_bart, save_clip
@@ -119,3 +121,43 @@ def test_rivals_take_turns_and_the_first_round_does_not_count(monkeypatch):
     seconds = timing.alternate({name: lambda name=name: order.append(name) for name in "ab"}, 2)
     assert "".join(order) == "ababab" and seconds == {"a": [1, 9], "b": [5, 13]}
     assert timing.ratio(seconds, "b", "a") == (5 / 1 + 13 / 9) / 2
+
+
+def test_the_study_of_levers_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
+    """Every run sets its own lever alone; what is done is not done again, and all of it is in the table and drawn."""
+    measured = []
+
+    def measure(config, workdir):
+        if len(measured) == 30:
+            raise KeyboardInterrupt
+        measured.append(config)
+        asked = {"overall": min(config.optim.lr * 600, 1), "overall_interval": [0, 1], "n": 9}
+        return {"step": config.steps, "vqa": asked, "text_qa": asked, "denoise_loss": config.optim.lr}
+
+    monkeypatch.setattr(levers, "measure", measure)
+    monkeypatch.setattr(levers, "denoise_loss", lambda: 0.1)
+    monkeypatch.setattr(levers, "CAPTION_COUNT", 3)
+    places = [f"--{name}={tmp_path / place}" for name, place in (("workdir", "runs"), ("figure", "levers.png"))]
+    command = ["levers", "--steps=10", f"--output={tmp_path / 'levers.json'}", *places]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        levers.main()
+    done, measured[:] = list(measured), []
+    levers.main()
+    together = [config.to_json_best_effort() for config in done + measured]
+    assert len(together) == len(set(together)) == 2 * len(levers.runs())
+    off, *_ = (config for config in done if config.optim.lr == 3e-4)
+    levels = {name: off[name.split(".")[0]][name.split(".")[1]] for name in levers.OFF}
+    assert levels == levers.OFF and off.early_stop.metric == ""
+    for config in done:
+        moved = [name for name, value in levers.OFF.items() if config[name.split(".")[0]][name.split(".")[1]] != value]
+        assert len(moved) <= 1
+    captions = (tmp_path / "runs" / "1_captions.txt").read_text().splitlines()
+    assert len(captions) == 3 and captions != (tmp_path / "runs" / "0_captions.txt").read_text().splitlines()
+    out = capsys.readouterr().out
+    assert out.count("\n| ") == len(levers.runs()) and "| 0.001 | captions replayed, weight 0.1 | 10, 10 | 60.0" in out
+    assert (tmp_path / "levers.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", [*command, "--steps=20"])
+    with pytest.raises(SystemExit):
+        levers.main()
+    assert "of other settings" in capsys.readouterr().err

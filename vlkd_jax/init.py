@@ -60,9 +60,10 @@ def get_config():
     config.data.validation_every = {held_out}
     # On one GPU or TPU, where there is one: half the memory of activations.
     # config.dtype = "bfloat16"
-    # To keep more of the text abilities: a pull to the start, captions as texts beside the pairs, or a stop.
-    # config.loss.l2 = 1e-3
-    # config.loss.denoise, config.data.replay = 0.3, "captions"
+    # To keep more of the text abilities: texts (one a line, of the kinds BART was made of) beside the pairs, best of
+    # all; a pull to the start; or a stop.
+    # config.loss.denoise, config.data.replay = 0.1, "texts.txt"
+    # config.loss.l2 = 1e-2
     # config.early_stop.metric = "retention/token_accuracy"
     return config
 '''
