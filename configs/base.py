@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 # one image (or document) in so many is held out, with all its captions, where there is no other split
                 "validation_every": 20,
                 "teacher_cache": "",  # from vlkd cache-teacher, instead of decoding pictures and running the teacher
-                # texts for loss.denoise and retention: a file (a text a line), shapes_texts, or captions (also if empty)
+                # texts for loss.denoise and retention: a file (a text a line), shapes_texts, captions (or empty)
                 "replay": "",
                 "twins": 1,  # shapes: runs of so many scenes that differ in one attribute (hard negatives)
                 "complete": 0.0,  # shapes: chance that a caption must name every attribute (most do anyway)

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = folder.get_config()
     # --config.clip=DIR openai/clip-vit-base-patch16, --config.bart=DIR facebook/bart-large
     # --config.data.captions=FILE.tsv (image<TAB>caption), --config.data.images=DIR
-    # recommended: --config.loss.denoise=0.1 --config.data.replay=FILE.txt (a text a line, of the kinds BART was made of)
+    # recommended: --config.loss.denoise=0.1 --config.data.replay=FILE.txt (a text a line, such as BART learned)
     config.plan.clip, config.plan.bart = "vit_b16", "large"
     config.dtype = "bfloat16"
     config.batch_size = 2048
