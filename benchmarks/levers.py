@@ -46,7 +46,7 @@ LEVERS: dict[str, tuple[str, tuple[float, ...], dict[str, str]]] = {
     "BART's texts replayed, weight": ("loss.denoise", (0.1, 1.0), {}),
     "captions replayed, weight": ("loss.denoise", (0.1, 1.0), {"data.replay": CAPTIONS}),
     "pull to the start, weight": ("loss.l2", (1e-2, 1e-1), {}),
-    "early stop, share lost": ("early_stop.max_drop", (0.003, 0.01), {}),
+    "early stop, share lost": ("early_stop.max_drop", (0.01, 0.05), {}),
 }
 """Name -> field, its values, and what else is set with it."""
 AT_RATES = (3e-4, 1e-3)
@@ -113,50 +113,54 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 AXES = {
-    "text-only questions right, %": lambda run: 100 * run["text_qa"]["overall"],
+    "text-only questions wrong, %": lambda run: 100 - 100 * run["text_qa"]["overall"],
     "denoising loss of held-out texts, nats a token": lambda run: run["denoise_loss"],
 }
 """What has to stay, and how a run's figure is read."""
 
 
-def curves(result: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
-    """Name of a curve -> value of its lever -> its runs, a seed each; 0 is the lever off."""
+def curves(result: dict[str, Any], rate: float) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """Name of a curve -> value of its lever -> its runs, a seed each; 0 is the lever off, at this rate.
+
+    Runs that stopped before their first checkpoint are left out: they are the student that learned nothing.
+    """
 
     def seeds(setting: Setting) -> list[dict[str, Any]]:
-        return list(result["runs"].get(name_of(setting), {}).values())
+        return [run for run in result["runs"].get(name_of(setting), {}).values() if run["step"]]
 
-    points = {"BART's learning rate": {rate: seeds({RATE: rate}) for rate in RATES}}
+    points = {"BART's learning rate": {value: seeds({RATE: value}) for value in RATES}}
     for name, (_, values, _) in LEVERS.items():
-        for rate in AT_RATES:
-            of_lever = {value: seeds(with_lever(rate, name, value)) for value in values}
-            points[f"{name}, at rate {rate:g}"] = {0.0: seeds({RATE: rate})} | of_lever
+        points[name] = {0.0: seeds({RATE: rate})} | {value: seeds(with_lever(rate, name, value)) for value in values}
     return {name: {value: some for value, some in curve.items() if some} for name, curve in points.items()}
 
 
 def draw(result: dict[str, Any], figure: Path) -> None:
-    """Text abilities against answers about pictures; each run is a small mark, means are large."""
-    _, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    starts = (100.0, result["denoise_at_start"])  # the built-in BART answers every one of these questions
-    for axis, start, (label, figure_of) in zip(axes, starts, AXES.items(), strict=True):
-        for index, (name, curve) in enumerate(curves(result).items()):
-            measured = {
-                value: [(figure_of(run), 100 * run["vqa"]["overall"]) for run in seeds]
-                for value, seeds in curve.items()
-            }
-            means = {value: tuple(map(statistics.mean, zip(*some, strict=True))) for value, some in measured.items()}
-            color = f"C{(index + 1) // 2}"
-            style = {"marker": "o", "color": color, "linestyle": "--" if index and index % 2 == 0 else "-"}
-            axis.plot(*zip(*(means[value] for value in sorted(means)), strict=True), label=name, **style)
-            for value, place in means.items():
-                axis.plot(*zip(*measured[value], strict=True), ".", color=color, alpha=0.4)
-                if value:
-                    axis.annotate(f"{value:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.axvline(start, color="0.6", linestyle=":", label="before distillation")
-        axis.set_xlabel(label)
-        axis.grid(color="0.92")
-    axes[1].invert_xaxis()  # to the right is better in both
-    axes[0].set_ylabel("questions about pictures right, zero-shot, %")
-    axes[1].legend(frameon=False, fontsize=8)
+    """Answers about pictures against text abilities, a column a rate; each run is a small mark, means are large."""
+    _, grid = plt.subplots(len(AXES), len(AT_RATES), figsize=(11, 9), sharey=True, sharex="row")
+    starts = (0.0, result["denoise_at_start"])  # the built-in BART answers every one of these questions
+    for row, start, (label, figure_of) in zip(grid, starts, AXES.items(), strict=True):
+        for axis, rate in zip(row, AT_RATES, strict=True):
+            for name, curve in curves(result, rate).items():
+                measured = {
+                    value: [(figure_of(run), 100 * run["vqa"]["overall"]) for run in seeds]
+                    for value, seeds in curve.items()
+                }
+                means = {
+                    value: tuple(map(statistics.mean, zip(*some, strict=True))) for value, some in measured.items()
+                }
+                (line,) = axis.plot(*zip(*(means[value] for value in sorted(means)), strict=True), "o-", label=name)
+                for value, place in means.items():
+                    axis.plot(*zip(*measured[value], strict=True), ".", color=line.get_color(), alpha=0.4)
+                    if value:
+                        style = {"color": line.get_color(), "fontsize": 8}
+                        axis.annotate(f"{value:g}", place, textcoords="offset points", xytext=(5, 5), **style)
+            axis.axvline(start, color="0.6", linestyle=":", label="before distillation")
+            axis.set_title(f"levers at rate {rate:g}", fontsize=10)
+            axis.set_xlabel(label)
+            axis.grid(color="0.92")
+        row[0].set_ylabel("questions about pictures right, zero-shot, %")
+        row[0].invert_xaxis()  # to the right is better
+    grid[0][0].legend(frameon=False, fontsize=8)
     plt.tight_layout()
     plt.savefig(figure, dpi=110)
 
