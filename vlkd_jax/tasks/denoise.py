@@ -69,14 +69,14 @@ def restoring_terms(bart: Bart, batch: Batch, states: Sequence[Float[Array, "B _
     memory = states[0], batch.source_mask
     if batch.context_ids is not None:
         memory = join_memory((states[1], batch.context_mask), memory)
-    loss, accuracy = losses.icti(*target_states(bart, batch, memory, rng))
+    hidden = target_states(bart, batch, memory, rng)
+    loss, accuracy = losses.icti(hidden, *bart.output_table(), batch.text_ids, batch.target_mask)
     return {"denoise": loss, "token_accuracy": accuracy}
 
 
 def target_states(
     bart: Bart, batch: Batch, memory: tuple[Float[ArrayLike, "B M D"], Bool[ArrayLike, "B M"]], rng: Rng
-) -> tuple[Float[Array, "B T D"], Float[ArrayLike, "V D"], Float[ArrayLike, " V"], Array, Array]:
-    """What `losses.icti` takes for a batch's text, teacher-forced, from what the decoder reads (states, mask)."""
+) -> Float[Array, "B T D"]:
+    """The decoder's last states of a batch's text, teacher-forced, from what the decoder reads (states, mask)."""
     inputs = shift_right(batch.text_ids, bart.config.decoder_start_token_id)
-    hidden = bart.decode(inputs, *memory, deterministic=rng is None)
-    return hidden, *bart.output_table(), batch.text_ids, batch.target_mask
+    return bart.decode(inputs, *memory, deterministic=rng is None)

@@ -226,7 +226,8 @@ def written_terms(
         memory = states, batch.source_mask
         if tokens is not None:
             memory = module.memory(module.image_prefix(tokens), *memory)
-        scored = target_states(bart, batch, memory, rng)
+        hidden = target_states(bart, batch, memory, rng)
+        scored = hidden, *bart.output_table(), batch.text_ids, batch.target_mask
         terms = dict(zip(("lm", "token_accuracy"), losses.icti(*scored), strict=True))
         if smooth:
             terms["label_smoothing"] = losses.label_smoothing(*scored)
