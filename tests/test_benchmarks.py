@@ -11,6 +11,7 @@ from benchmarks import levers, timing
 from benchmarks.workload import OPTIMIZER, Workload, answer, image_memory
 from vlkd_jax.decoding import Decoding
 from vlkd_jax.hf.save import save_bart, save_clip
+from vlkd_jax.workdir import flatten
 
 ROWS, LENGTH = 5, 20
 
@@ -147,11 +148,9 @@ def test_the_study_of_levers_goes_on_where_it_was_cut_off(tmp_path, monkeypatch,
     together = [config.to_json_best_effort() for config in done + measured]
     assert len(together) == len(set(together)) == 2 * len(levers.runs())
     off, *_ = (config for config in done if config.optim.lr == 3e-4)
-    levels = {name: off[name.split(".")[0]][name.split(".")[1]] for name in levers.OFF}
-    assert levels == levers.OFF and off.early_stop.metric == ""
-    for config in done:
-        moved = [name for name, value in levers.OFF.items() if config[name.split(".")[0]][name.split(".")[1]] != value]
-        assert len(moved) <= 1
+    fields = [flatten(config.to_dict()) for config in [off, *done]]
+    moved = [[name for name, value in levers.OFF.items() if of_run[name] != value] for of_run in fields]
+    assert moved[0] == [] and off.early_stop.metric == "" and all(len(names) <= 1 for names in moved)
     captions = (tmp_path / "runs" / "1_captions.txt").read_text().splitlines()
     assert len(captions) == 3 and captions != (tmp_path / "runs" / "0_captions.txt").read_text().splitlines()
     out = capsys.readouterr().out
